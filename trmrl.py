@@ -1,0 +1,849 @@
+"""TrMRL in one file: "Transformers are Meta-Reinforcement Learners" (Melo, ICML 2022).
+
+At each step the agent embeds its last N transitions (s, a, r, η) as working memories, a causal transformer refines them
+layer by layer into an episodic memory, and the last one conditions a Gaussian policy. PPO trains it on trials: E episodes
+of one task, concatenated. At meta-test the weights are frozen; adapting is attention alone.
+
+    python trmrl.py --env HalfCheetahVel --layers 4     train, meta-test, write runs/<name>/
+    python trmrl.py --resume runs/<name>                go on from the last checkpoint
+    python trmrl.py --test runs/<name>                  the meta-tests alone
+
+Paper                                      Here
+App. B     tasks and environments          HalfCheetahVel, ENVS
+Sec. 4.1   working memory φ, e⁰            Agent.working_memories
+Eq. 1      multi-head self-attention       TransformerLayer
+Sec. 3.3   T-Fixup                         t_fixup_
+Eq. 6      episodic memories e¹ … e^L      Agent.episodic_memories
+Sec. 5.1   memory write logic              Trial.windows
+Alg. 1     acting                          collect_trial
+Sec. 5.1   PPO on E concatenated episodes  advantages_and_returns, ppo_update
+Sec. 5.2   meta-test, OOD, Figs. 5, 6, 9   meta_test
+Fig. 7, 8  refinement, latents             refinement
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.distributions import Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+CHECKPOINT_SECONDS = 120  # what a crash can cost
+VERSIONED = ("torch", "mujoco", "gymnasium", "metaworld", "numpy")
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for: one line, exit code 2."""
+
+
+class Diverged(Exception):
+    """A NaN or an infinity in the simulator or the loss: the run stops, exit code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """TrMRL: train on a distribution of tasks, then meta-test with frozen weights."""
+
+    env: str = "HalfCheetahVel"
+    """the task distribution (App. B), a name in ENVS"""
+    seed: int = 1
+    """everything random follows from it: tasks, weights, exploration"""
+    num_tasks: int = 20
+    """tasks a batch; each contributes one trial an iteration (Sec. 5.1)"""
+    episodes_per_trial: int = 2
+    """E, the episodes of one task that are concatenated to a trial (Sec. 5.1)"""
+    memory_length: int = 5
+    """N, the working memories that the transformer sees, the current one included (Sec. 4.1)"""
+    layers: int = 4
+    """L, the transformer layers, each refining the episodic memory once (Eq. 6)"""
+    heads: int = 4
+    """ω, the attention heads (Eq. 1); must divide d_model"""
+    d_model: int = 32
+    """d, the size of a memory; the feed-forward block is four times as wide"""
+    t_fixup: bool = True
+    """T-Fixup initialisation without LayerNorm (Sec. 3.3); otherwise Xavier and LayerNorm, the arm of Fig. 10"""
+    init_std: float = 0.5
+    """initial standard deviation of the Gaussian policy; it is learned"""
+    total_timesteps: int = 2_000_000
+    """environment steps of training"""
+    learning_rate: float = 5e-4
+    """of Adam"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly, to 10 % at the end"""
+    gamma: float = 0.95
+    """discount factor"""
+    gae_lambda: float = 0.9
+    """λ of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """PPO's clipping range of the probability ratio"""
+    update_epochs: int = 6
+    """passes over an iteration's trials, at most"""
+    minibatch_size: int = 400
+    """steps a gradient, drawn from all tasks"""
+    target_kl: float | None = 0.03
+    """no further epoch once an epoch's mean KL divergence from the old policy exceeds it"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+    eval_interval: int = 10
+    """iterations between two evaluations on test and OOD tasks, one episode each"""
+    test_tasks: int = 20
+    """tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again"""
+    test_episodes: int = 6
+    """episodes a task in the meta-test (Fig. 5); the refinement analysis takes half of them"""
+    runs_dir: Path = Path("runs")
+    """where the run's folder is made"""
+    device: str = "cpu"
+    """where the network lives, as torch names it"""
+    resume: Path | None = None
+    """a run's folder: go on from its checkpoint; flags given beside it replace the run's own"""
+    test: Path | None = None
+    """a run's folder: only repeat the meta-tests of its checkpoint"""
+
+
+DEFAULTS: dict[str, dict] = {}  # per environment, what differs from the above
+
+
+def check(args: Args) -> None:
+    """Raises UserError, naming the flag, for values that no run can use."""
+    for name in ("num_tasks", "episodes_per_trial", "memory_length", "layers", "heads", "d_model", "total_timesteps",
+                 "update_epochs", "minibatch_size", "eval_interval", "test_tasks", "test_episodes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: takes a whole number from 1")
+    for name in ("init_std", "learning_rate", "clip_coef", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: takes a positive number")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: takes a number from 0 to 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: takes a whole number from 0")
+    if args.env not in ENVS:
+        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
+    if args.d_model % args.heads:
+        raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
+    if args.target_kl is not None and not args.target_kl > 0:
+        raise UserError(f"--target-kl {args.target_kl}: takes a positive number or None")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
+
+
+def random_stream(seed: int, purpose: str, iteration: int = 0) -> np.random.Generator:
+    """Random numbers that depend on nothing but the arguments, so that a resumed run draws what an unbroken one would."""
+    purposes = ("train", "test tasks", "ood tasks", "evaluation", "meta-test", "refinement")
+    return np.random.default_rng([seed, purposes.index(purpose), iteration])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks and environments (Sec. 5.1, App. B)
+#
+# An environment steps a batch of n independent copies, each under its own task. It offers
+#   horizon, num_observations, num_actions                      H, S, A
+#   splits, has_success                                         what sample_tasks takes; whether success means anything
+#   sample_tasks(split, n, rng) -> tasks (n, k)
+#   reset(tasks, rng) -> observations (n, S)                    starts an episode of each task
+#   step(actions (n, A)) -> observations (n, S), rewards (n,), terminated (n,), success (n,)
+# Actions lie in [-1, 1].
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MujocoBody:
+    """Copies of a gymnasium MuJoCo environment's body that share one model, with an MjData each.
+
+    Physics and resets are bit-exact with gymnasium's environment, at less than half of its vector environments' time:
+    nothing but mj_step runs per copy, observations and rewards are computed for all copies at once.
+    """
+
+    gym_id: str
+
+    def __init__(self):
+        env = gymnasium.make(self.gym_id).unwrapped
+        self.model, self.frame_skip, self.dt = env.model, env.frame_skip, env.dt
+        self.reset_noise = env._reset_noise_scale
+        self.init_qpos, self.init_qvel = env.init_qpos, env.init_qvel
+        self.num_actions = self.model.nu
+        # A simulation that diverged must be seen as one; by default MuJoCo quietly starts it anew.
+        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        self.datas = []
+        self.qpos, self.qvel, self.ctrl = [], [], []  # views into the datas: making one costs as much as a short step
+
+    def reset_bodies(self, n: int, rng: np.random.Generator) -> None:
+        """Puts the first n copies into random initial states, as gymnasium's reset_model does."""
+        while len(self.datas) < n:
+            data = mujoco.MjData(self.model)
+            self.datas.append(data)
+            self.qpos.append(data.qpos)
+            self.qvel.append(data.qvel)
+            self.ctrl.append(data.ctrl)
+        for i in range(n):
+            mujoco.mj_resetData(self.model, self.datas[i])
+            noise = rng.uniform(-self.reset_noise, self.reset_noise, self.model.nq)
+            self.qpos[i][:] = self.init_qpos + noise
+            self.qvel[i][:] = self.init_qvel + self.reset_noise * rng.standard_normal(self.model.nv)
+            mujoco.mj_forward(self.model, self.datas[i])
+
+    def step_bodies(self, actions: np.ndarray) -> None:
+        for data, ctrl, action in zip(self.datas, self.ctrl, actions):
+            ctrl[:] = action
+            mujoco.mj_step(self.model, data, nstep=self.frame_skip)
+
+
+class HalfCheetahVel(MujocoBody):
+    """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
+
+    gym_id = "HalfCheetah-v5"
+    horizon = 200
+    num_observations = 17
+    splits = ("train", "test", "ood")
+    has_success = False
+
+    def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
+        low, high = (3.0, 4.0) if split == "ood" else (0.0, 3.0)
+        return rng.uniform(low, high, (n, 1))
+
+    def reset(self, tasks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        self.target_velocities = tasks[:, 0]
+        self.reset_bodies(len(tasks), rng)
+        return self.observe(len(tasks))[0]
+
+    def observe(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Observations (n, 17), which leave the position x out, and x (n,) in metres."""
+        qpos = np.array(self.qpos[:n])
+        return np.concatenate([qpos[:, 1:], np.array(self.qvel[:n])], axis=1), qpos[:, 0]
+
+    def step(self, actions: np.ndarray):
+        n = len(actions)
+        before = np.array([qpos[0] for qpos in self.qpos[:n]])
+        self.step_bodies(actions)
+        observations, after = self.observe(n)
+        velocities = (after - before) / self.dt
+        rewards = -np.abs(velocities - self.target_velocities) - 0.05 * np.square(actions).sum(axis=1)
+        never = np.zeros(n, dtype=bool)
+        return observations, rewards, never, never
+
+
+ENVS = {"HalfCheetahVel": HalfCheetahVel}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy and value heads (Alg. 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TransformerLayer(nn.Module):
+    """Multi-head self-attention (Eq. 1), then a position-wise feed-forward block, each with a residual connection.
+
+    With T-Fixup there is no LayerNorm; the ablation's arm (Fig. 10) has it after each residual, as usual.
+    """
+
+    def __init__(self, d_model: int, heads: int, layer_norm: bool):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(d_model, d_model)
+        self.key = nn.Linear(d_model, d_model)
+        self.value = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model)  # W_o of Eq. 1
+        self.feed_forward_in = nn.Linear(d_model, 4 * d_model)
+        self.feed_forward_out = nn.Linear(4 * d_model, d_model)
+        self.attention_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
+        self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
+
+    def forward(self, queries: torch.Tensor, memories: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Refines queries (B, Q, d), the last Q of memories (B, N, d); mask (B, 1, Q, N) is True where one attends."""
+        q = self.split_heads(self.query(queries))  # (B, ω, Q, d/ω)
+        k = self.split_heads(self.key(memories))  # (B, ω, N, d/ω)
+        v = self.split_heads(self.value(memories))
+        # Eq. 1: softmax(QKᵀ/√d · M) V. Eq. 5 of the paper has a second 1/√d, outside the softmax; its code has not.
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = self.attention_norm(queries + self.output(attended.transpose(1, 2).flatten(2)))
+        return self.feed_forward_norm(x + self.feed_forward_out(F.relu(self.feed_forward_in(x))))
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, d) -> (B, ω, N, d/ω)
+
+
+def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
+    """T-Fixup (Sec. 3.3; Huang et al. 2020), in place, on parameters that are Xavier already.
+
+    The paper's N in 0.67 N^(-1/4) is the number of layers, L here. "The linear projection matrices in each attention
+    block" are W_v and W_o: queries and keys stay Xavier, as in Huang et al. (the authors' code scales them too).
+    The input embedding's further (9 L)^(-1/4) is Huang et al.'s; the paper leaves it out.
+    """
+    nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
+    with torch.no_grad():
+        phi.weight *= (9 * len(layers)) ** -0.25
+        for layer in layers:
+            for linear in (layer.value, layer.output, layer.feed_forward_in, layer.feed_forward_out):
+                linear.weight *= 0.67 * len(layers) ** -0.25
+
+
+def sinusoidal_positions(length: int, d_model: int) -> torch.Tensor:
+    """Positional encoding (length, d) of Vaswani et al. (2017), Sec. 3.5."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(0, d_model, 2) / d_model)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model]
+
+
+class Agent(nn.Module):
+    """TrMRL's network: a window of transitions in, a Gaussian policy and a value out.
+
+    Args: S observations, A actions, and the fields of Args of the same names.
+    """
+
+    def __init__(self, num_observations: int, num_actions: int, memory_length: int, layers: int, heads: int,
+                 d_model: int, t_fixup: bool, init_std: float):
+        super().__init__()
+        features = num_observations + num_actions + 2  # (s, a, r, η)
+        self.num_observations = num_observations
+        self.memory_length = memory_length
+        self.phi = nn.Linear(features, d_model)
+        self.layers = nn.ModuleList(TransformerLayer(d_model, heads, layer_norm=not t_fixup) for _ in range(layers))
+        self.policy = nn.Linear(d_model, num_actions)
+        self.log_std = nn.Parameter(torch.full((num_actions,), math.log(init_std)))
+        self.value = nn.Linear(d_model, 1)
+        self.register_buffer("positions", sinusoidal_positions(memory_length, d_model), persistent=False)
+        self.register_buffer("causal", torch.ones(memory_length, memory_length, dtype=torch.bool).tril(), False)
+        # Running mean and variance of each feature. In double precision: they sum over millions of steps.
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(features, dtype=torch.float64))
+
+        for linear in (module for module in self.layers.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.phi.bias)
+        if t_fixup:
+            t_fixup_(self.phi, self.layers)
+        nn.init.orthogonal_(self.policy.weight, 0.01)  # start by exploring around zero
+        nn.init.zeros_(self.policy.bias)
+        nn.init.orthogonal_(self.value.weight, 1.0)
+        nn.init.zeros_(self.value.bias)
+
+    def normalise(self, transitions: torch.Tensor) -> torch.Tensor:
+        """Features with mean 0 and variance 1 over what training has seen, and never beyond ±10."""
+        mean, deviation = self.mean.float(), (self.variance + 1e-4).sqrt().float()
+        return ((transitions - mean) / deviation).clamp(-10, 10)
+
+    @torch.no_grad()
+    def update_statistics(self, transitions: torch.Tensor) -> None:
+        """Takes transitions (n, S + A + 2) into the running mean and variance (Chan et al. 1979)."""
+        variance, mean = torch.var_mean(transitions.double(), dim=0, correction=0)
+        total = self.count + len(transitions)
+        difference = mean - self.mean
+        spread = self.variance * self.count + variance * len(transitions)
+        self.variance.copy_((spread + difference**2 * self.count * len(transitions) / total) / total)
+        self.mean += difference * len(transitions) / total
+        self.count.copy_(total)
+
+    def working_memories(self, windows: torch.Tensor) -> torch.Tensor:
+        """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
+        x = self.normalise(windows)
+        x[:, -1, self.num_observations :] = 0  # Alg. 1: the current one is (s_next, a_PAD, r_PAD, η_PAD)
+        return self.phi(x)
+
+    def episodic_memories(self, windows: torch.Tensor, filled: torch.Tensor) -> list[torch.Tensor]:
+        """The current step's memory after each layer (Eq. 6): e⁰, which is its working memory, to e^L, each (B, d).
+
+        filled (B, N) is False at PAD slots, which no filled slot attends to.
+        """
+        memories = self.working_memories(windows) + self.positions  # (B, N, d)
+        # A PAD slot sees itself alone, since a softmax needs something to sum over; nothing reads what it makes of it.
+        attends = filled[:, None, :] | torch.eye(self.memory_length, dtype=torch.bool, device=filled.device)
+        mask = (self.causal & attends)[:, None]  # (B, 1, N, N): Eq. 1's M
+        current = [memories[:, -1]]
+        for layer in self.layers[:-1]:
+            memories = layer(memories, memories, mask)
+            current.append(memories[:, -1])
+        # Of the last layer only the current memory is read: the other positions need no query there.
+        last = self.layers[-1](memories[:, -1:], memories, mask[:, :, -1:])
+        return current + [last[:, 0]]
+
+    def forward(self, windows: torch.Tensor, filled: torch.Tensor) -> tuple[Normal, torch.Tensor]:
+        """The policy π(a | e^L_N) over (B, A) and the value (B,)."""
+        memory = self.episodic_memories(windows, filled)[-1]
+        policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)
+        return policy, self.value(memory)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collecting a trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. Every transition is stored once."""
+
+    transitions: torch.Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last row holds the observation after the trial
+    memory_start: torch.Tensor  # (T + 1,) the first step that the memory may hold: the episode's
+    log_probs: torch.Tensor  # (T, n) of the actions taken
+    values: torch.Tensor  # (T + 1, n)
+    rewards: torch.Tensor  # (T, n)
+    valid: torch.Tensor  # (T, n) False from an early termination to the end of its episode
+    success: torch.Tensor  # (T, n)
+
+    def windows(self, t: torch.Tensor, task: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the memory of a task holds at step t: its N - 1 most recent transitions and the current one (Alg. 1).
+
+        t (B,), task (B,), length N; returns windows (B, N, S + A + 2) and filled (B, N), False at the PADs in front.
+        """
+        steps = t[:, None] + torch.arange(1 - length, 1, device=t.device)  # (B, N)
+        filled = steps >= self.memory_start[t][:, None]
+        return self.transitions[steps.clamp(min=0), task[:, None]], filled
+
+
+def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.random.Generator, explore: bool) -> Trial:
+    """Alg. 1 for n tasks at once: actions are sampled from the policy, or its mean if not explore.
+
+    Raises Diverged if the simulator returns a NaN or an infinity.
+    """
+    n, horizon, S, A = len(tasks), env.horizon, env.num_observations, env.num_actions
+    steps = episodes * horizon
+    device = agent.positions.device
+    memory_start = torch.arange(steps + 1, device=device) // horizon * horizon  # Sec. 5.1: an episode starts empty
+    memory_start[steps] -= horizon  # what follows the trial belongs to its last episode
+    trial = Trial(
+        transitions=torch.zeros(steps + 1, n, S + A + 2, device=device),
+        memory_start=memory_start,
+        log_probs=torch.zeros(steps, n, device=device),
+        values=torch.zeros(steps + 1, n, device=device),
+        rewards=torch.zeros(steps, n, device=device),
+        valid=torch.zeros(steps, n, dtype=torch.bool, device=device),
+        success=torch.zeros(steps, n, dtype=torch.bool, device=device),
+    )
+    all_tasks = torch.arange(n, device=device)
+
+    def policy_at(t: int) -> tuple[Normal, torch.Tensor]:
+        with torch.inference_mode():
+            return agent(*trial.windows(torch.full((n,), t, device=device), all_tasks, agent.memory_length))
+
+    for t in range(steps):
+        if t % horizon == 0:
+            observations = env.reset(tasks, rng)
+            alive = np.ones(n, dtype=bool)
+        trial.transitions[t, :, :S] = torch.from_numpy(observations)
+        policy, trial.values[t] = policy_at(t)
+        actions = policy.mean
+        if explore:
+            noise = torch.from_numpy(rng.standard_normal((n, A), dtype=np.float32)).to(device)
+            actions = actions + policy.stddev * noise
+        trial.log_probs[t] = policy.log_prob(actions).sum(1)
+        observations, rewards, terminated, success = env.step(actions.clamp(-1, 1).cpu().double().numpy())
+        if not (np.isfinite(observations[alive]).all() and np.isfinite(rewards[alive]).all()):
+            raise Diverged(f"the simulator returned a NaN or an infinity at step {t % horizon} of an episode")
+        trial.transitions[t, :, S : S + A] = actions
+        trial.transitions[t, :, S + A] = torch.from_numpy(rewards)
+        trial.transitions[t, :, S + A + 1] = torch.from_numpy(terminated | ((t + 1) % horizon == 0))  # η
+        trial.rewards[t] = torch.from_numpy(rewards)
+        trial.valid[t] = torch.from_numpy(alive)
+        trial.success[t] = torch.from_numpy(success & alive)
+        alive = alive & ~terminated
+    trial.transitions[steps, :, :S] = torch.from_numpy(observations)
+    # The trial's end is a truncation: what would follow is worth V. After a termination nothing would follow.
+    trial.values[steps] = policy_at(steps)[1] * torch.from_numpy(alive).to(device)
+    return trial
+
+
+def episode_returns(trial: Trial, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of every step (n, E, H), zero after a termination, and whether each episode (n, E) ever succeeded."""
+    rewards = (trial.rewards * trial.valid).T.unflatten(1, (-1, horizon))
+    success = trial.success.T.unflatten(1, (-1, horizon)).any(2)
+    return rewards.cpu().numpy(), success.cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PPO over concatenated trials (Sec. 5.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation along the trial's valid steps, through the episodes' ends; both (T, n).
+
+    "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
+    trajectory" (Sec. 5.1): the step after an episode's last valid one is the next episode's first.
+    """
+    advantages = torch.zeros_like(trial.rewards)
+    next_value, next_advantage = trial.values[-1], torch.zeros_like(trial.values[-1])
+    for t in reversed(range(len(trial.rewards))):
+        valid = trial.valid[t]
+        delta = trial.rewards[t] + gamma * next_value - trial.values[t]
+        advantages[t] = torch.where(valid, delta + gamma * gae_lambda * next_advantage, 0.0)
+        next_advantage = torch.where(valid, advantages[t], next_advantage)
+        next_value = torch.where(valid, trial.values[t], next_value)
+    return advantages, advantages + trial.values[:-1]
+
+
+def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, args: Args,
+               rng: np.random.Generator) -> dict[str, float]:
+    """Up to update_epochs passes over the trials' valid steps, in minibatches that mix tasks; returns mean statistics.
+
+    Raises Diverged if a loss is not finite, before the step that it would have spoilt.
+    """
+    advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
+    t, task = trial.valid.nonzero(as_tuple=True)
+    log_probs, values = trial.log_probs[t, task], trial.values[t, task]
+    advantages, returns = advantages[t, task], returns[t, task]
+    returns_variance = returns.var(correction=0) + 1e-8
+    statistics = []
+    for epoch in range(args.update_epochs):
+        epoch_start = len(statistics)
+        for batch in torch.from_numpy(rng.permutation(len(t))).to(t.device).split(args.minibatch_size):
+            policy, value = agent(*trial.windows(t[batch], task[batch], agent.memory_length))
+            S, A = agent.num_observations, agent.log_std.shape[0]
+            actions = trial.transitions[t[batch], task[batch], S : S + A]
+            log_ratio = policy.log_prob(actions).sum(1) - log_probs[batch]
+            ratio = log_ratio.exp()
+            advantage = advantages[batch]
+            advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+            # In units of the returns' variance, so that the shared memories serve both heads whatever the rewards' scale.
+            value_loss = 0.5 * (value - returns[batch]).square().mean() / returns_variance
+            loss = policy_loss + value_loss
+            if not torch.isfinite(loss):
+                raise Diverged("the loss is not finite")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            with torch.no_grad():
+                statistics.append(torch.stack([
+                    policy_loss, value_loss, policy.entropy()[0].sum(), (ratio - 1 - log_ratio).mean(),
+                    ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                ]))
+        if args.target_kl is not None and torch.stack(statistics[epoch_start:])[:, 3].mean() > args.target_kl:
+            break
+    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
+    means = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
+    means["explained_variance"] = (1 - (returns - values).var(correction=0) / returns_variance).item()
+    return means
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta-testing with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def held_out_tasks(env, split: str, args: Args) -> np.ndarray:
+    """The run's test or OOD tasks (n, k): drawn once, from a stream that training never touches."""
+    return env.sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
+
+
+def evaluate(agent: Agent, env, args: Args) -> dict[str, float]:
+    """First-episode return and success rate on all held-out tasks, for the columns of progress.csv."""
+    splits = [split for split in ("test", "ood") if split in env.splits]
+    tasks = np.concatenate([held_out_tasks(env, split, args) for split in splits])
+    trial = collect_trial(agent, env, tasks, 1, random_stream(args.seed, "evaluation"), explore=False)
+    rewards, success = episode_returns(trial, env.horizon)
+    returns = dict(zip(splits, rewards.sum((1, 2)).reshape(len(splits), -1).mean(1)))
+    scores = {f"{split}_return": value for split, value in returns.items()}
+    if env.has_success:
+        scores["test_success"] = success[: args.test_tasks].mean()
+    return scores
+
+
+def meta_test(agent: Agent, env, args: Args, run: Path) -> list[tuple[str, np.ndarray]]:
+    """Adaptation and OOD (Figs. 5, 6, 9): test_episodes on each of test_tasks, writes meta_test.npz and ood.npz.
+
+    Returns rows for the summary: a label and its mean over the tasks for each episode.
+    """
+    rows = []
+    for split, name in (("test", "meta_test.npz"), ("ood", "ood.npz")):
+        if split not in env.splits:
+            continue
+        tasks = held_out_tasks(env, split, args)
+        rng = random_stream(args.seed, "meta-test")
+        rewards, success = episode_returns(
+            collect_trial(agent, env, tasks, args.test_episodes, rng, explore=False), env.horizon
+        )
+        write_file(run / name, lambda file: np.savez(file, rewards=rewards, success=success, tasks=tasks))
+        rows.append((f"{split} return", rewards.sum(2).mean(0)))
+        if env.has_success:
+            rows.append((f"{split} success", success.mean(0)))
+    return rows
+
+
+def refinement(agent: Agent, env, args: Args, run: Path) -> None:
+    """Figs. 7 and 8: how memories change from layer to layer; writes refinement.npz and working_memories.npz.
+
+    Representation error of layer l: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
+    model from e^l to the policy's mean action, fitted on the first two thirds of the tasks, tested on the others.
+    """
+    rng = random_stream(args.seed, "refinement")
+    tasks = env.sample_tasks("test", args.test_tasks + math.ceil(args.test_tasks / 2), rng)
+    trial = collect_trial(agent, env, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
+    t, task = trial.valid.nonzero(as_tuple=True)
+    with torch.inference_mode():
+        chunks = []
+        for batch in torch.arange(len(t), device=t.device).split(4096):
+            memories = agent.episodic_memories(*trial.windows(t[batch], task[batch], agent.memory_length))
+            chunks.append(torch.stack(memories))
+        memories = torch.cat(chunks, dim=1)  # (L + 1, steps, d)
+        representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
+        experts = agent.policy(memories[-1]).double().cpu().numpy()  # (steps, A)
+
+    fitted = task.cpu().numpy() < args.test_tasks
+    regression_mse = []
+    for memory in memories.double().cpu().numpy():
+        features = np.concatenate([memory, np.ones((len(memory), 1))], axis=1)
+        weights = np.linalg.lstsq(features[fitted], experts[fitted])[0]
+        regression_mse.append(np.square(features[~fitted] @ weights - experts[~fitted]).mean())
+    write_file(run / "refinement.npz", lambda file: np.savez(
+        file, representation_error=representation_error.cpu().numpy(), regression_mse=regression_mse))
+
+    # Fig. 8: φ of whole transitions, some of each task's first episode; the task is named by its first number.
+    sample = (t < env.horizon) & (t % 5 == 0)
+    with torch.inference_mode():
+        embedding = agent.phi(agent.normalise(trial.transitions[t[sample], task[sample]]))
+    labels = tasks[task[sample].cpu().numpy(), 0]
+    write_file(run / "working_memories.npz", lambda file: np.savez(
+        file, embedding=embedding.cpu().numpy(), task=labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: its folder, its checkpoints, and the outer loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "iteration", "env_steps", "wall_seconds", "train_return", "train_success", "test_return", "test_success",
+    "ood_return", "steps_per_second", "rollout_seconds", "update_seconds", "policy_loss", "value_loss", "entropy",
+    "approx_kl", "clip_fraction", "explained_variance", "learning_rate",
+)  # of progress.csv
+
+
+def write_file(path: Path, write) -> None:
+    """Calls write(file) on a temporary file beside path and renames it, so that path is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def parse(argv: list[str]) -> Args:
+    """The command line over the run's own arguments (--resume, --test) or over the environment's defaults."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--env", default=Args.env)
+    peek.add_argument("--resume")
+    peek.add_argument("--test")
+    known = peek.parse_known_args(argv)[0]
+    if known.resume and known.test:
+        raise UserError("--resume, --test: take one of the two")
+    if known.resume or known.test:
+        defaults = read_args(known)
+    else:
+        defaults = Args(env=known.env, **DEFAULTS.get(known.env, {}))
+    args = tyro.cli(Args, args=argv, default=defaults)
+    check(args)
+    return args
+
+
+def read_args(known: argparse.Namespace) -> Args:
+    flag, folder = ("--resume", known.resume) if known.resume else ("--test", known.test)
+    try:
+        values = json.loads((Path(folder) / "args.json").read_text())
+        fields = {field.name for field in dataclasses.fields(Args)}
+        values = {name: value for name, value in values.items() if name in fields}
+        return Args(**values | {"runs_dir": Path(values["runs_dir"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{flag} {folder}: takes the folder of a run, with args.json and checkpoint.pt") from error
+
+
+def write_args(args: Args, run: Path) -> None:
+    values = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("resume", "test")}
+    values["versions"] = {package: version(package) for package in VERSIONED}
+    text = json.dumps(values, indent=2, default=str)
+    write_file(run / "args.json", lambda file: file.write(text.encode()))
+
+
+def make_run_folder(args: Args) -> Path:
+    """runs/<environment>-s<seed>-<time>, which is never one that exists."""
+    name = f"{args.env}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        args.runs_dir.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+            if not (args.runs_dir / (name + suffix)).exists():
+                (args.runs_dir / (name + suffix)).mkdir()
+                return args.runs_dir / (name + suffix)
+    except OSError as error:
+        raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written ({error.strerror})") from None
+
+
+def load_checkpoint(run: Path, agent: Agent, optimizer: torch.optim.Optimizer, device: str) -> dict:
+    """Loads weights and optimizer in place; returns the run's state so far: iteration, env_steps, wall_seconds."""
+    path = run / "checkpoint.pt"
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        state = {name: checkpoint[name] for name in ("iteration", "env_steps", "wall_seconds")}
+        agent_state, optimizer_state = checkpoint["agent"], checkpoint["optimizer"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: takes a checkpoint that trmrl.py wrote; this one cannot be read") from error
+    try:
+        agent.load_state_dict(agent_state)
+        optimizer.load_state_dict(optimizer_state)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: its network has another shape than the run's --env, --layers, --d-model, ...; "
+                        "takes the flags that it was trained with") from error
+    return state
+
+
+def save_checkpoint(run: Path, agent: Agent, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    checkpoint = {**state, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    write_file(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def start_progress(path: Path, iteration: int) -> None:
+    """Makes progress.csv, or drops from it the rows after the checkpoint: resuming writes them again."""
+    rows = []
+    if iteration > 0:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= iteration]
+    with open(path.with_name(path.name + ".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(file.name, path)
+
+
+def append_progress(path: Path, row: dict) -> None:
+    with open(path, "a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(row)
+
+
+def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: Path, state: dict) -> bool:
+    """The outer loop (Sec. 5.1), from state on; returns whether it came to its end, rather than to a signal.
+
+    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on.
+    """
+    signals = []
+
+    def stop(number, frame):
+        signals.append(number)
+        tqdm.write("stopping after this iteration; once more to stop at once")
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    start_progress(run / "progress.csv", state["iteration"])
+    board = SummaryWriter(run, purge_step=state["env_steps"] + 1)
+    bar = tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True, smoothing=0.1)
+    saved = time.monotonic()
+    scores = {}
+    while state["env_steps"] < args.total_timesteps and not signals:
+        started = time.monotonic()
+        iteration = state["iteration"] + 1
+        rng = random_stream(args.seed, "train", iteration)
+        remaining = 1 - state["env_steps"] / args.total_timesteps
+        learning_rate = args.learning_rate * (0.1 + 0.9 * remaining if args.anneal_lr else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        try:
+            tasks = env.sample_tasks("train", args.num_tasks, rng)
+            trial = collect_trial(agent, env, tasks, args.episodes_per_trial, rng, explore=True)
+            collected = time.monotonic()
+            losses = ppo_update(agent, optimizer, trial, args, rng)
+        except Diverged as error:
+            raise Diverged(f"iteration {iteration}: {error}; {run} holds the last good checkpoint") from error
+        agent.update_statistics(trial.transitions[:-1][trial.valid])
+        updated = time.monotonic()
+
+        state["iteration"] = iteration
+        state["env_steps"] += int(trial.valid.sum())
+        done = state["env_steps"] >= args.total_timesteps
+        rewards, success = episode_returns(trial, env.horizon)
+        row = {
+            "train_return": rewards.sum(2).mean(),
+            "rollout_seconds": collected - started,
+            "update_seconds": updated - collected,
+            "learning_rate": learning_rate,
+            **losses,
+        }
+        if env.has_success:
+            row["train_success"] = success.mean()
+        if iteration % args.eval_interval == 1 or args.eval_interval == 1 or done:
+            scores = evaluate(agent, env, args)
+            row |= scores
+        row["steps_per_second"] = int(trial.valid.sum()) / (time.monotonic() - started)
+        state["wall_seconds"] += time.monotonic() - started
+        append_progress(run / "progress.csv", state | row)
+        for name, value in row.items():
+            board.add_scalar(name, value, state["env_steps"])
+        bar.update(int(trial.valid.sum()))
+        bar.set_postfix_str(" ".join(f"{name}={value:.4g}" for name, value in
+                                     ({"train_return": row["train_return"]} | scores).items()))
+        if done or signals or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save_checkpoint(run, agent, optimizer, state)
+            saved = time.monotonic()
+    bar.close()
+    board.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return not signals
+
+
+def print_summary(args: Args, state: dict, rows: list[tuple[str, np.ndarray]]) -> None:
+    print(f"\n{args.env}, seed {args.seed}, {state['env_steps']:,} steps: means over {args.test_tasks} tasks a row")
+    print(f"{'episode':14}" + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
+    for label, values in rows:
+        digits = 2 if label.endswith("success") else 1
+        print(f"{label:14}" + "".join(f"{value:9.{digits}f}" for value in values))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a run that diverged."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        env = ENVS[args.env]()
+        torch.manual_seed(args.seed)  # for the initial weights; all else draws from random_stream
+        agent = Agent(env.num_observations, env.num_actions, args.memory_length, args.layers, args.heads, args.d_model,
+                      args.t_fixup, args.init_std).to(args.device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        run = args.resume or args.test
+        if run:
+            state = load_checkpoint(run, agent, optimizer, args.device)
+        else:
+            state = {"iteration": 0, "env_steps": 0, "wall_seconds": 0.0}
+            run = make_run_folder(args)
+            save_checkpoint(run, agent, optimizer, state)
+        if not args.test:
+            write_args(args, run)
+            if not train(agent, optimizer, env, args, run, state):
+                print(f"stopped at {state['env_steps']:,} steps; go on with: python trmrl.py --resume {run}")
+                return 130
+        rows = meta_test(agent, env, args, run)
+        refinement(agent, env, args, run)
+        print_summary(args, state, rows)
+        print(f"written to {run}; draw it with: python plot.py {run}")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
