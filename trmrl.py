@@ -363,7 +363,7 @@ class Agent(nn.Module):
         """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
         x[:, -1, self.num_observations :] = 0  # Alg. 1: the current one is (s_next, a_PAD, r_PAD, η_PAD)
-        return self.phi(x)
+        return self.phi(x) * math.sqrt(self.phi.out_features)  # × √d, as all embeddings in Vaswani et al., Sec. 3.4
 
     def episodic_memories(self, windows: torch.Tensor, filled: torch.Tensor) -> list[torch.Tensor]:
         """The current step's memory after each layer (Eq. 6): e⁰, which is its working memory, to e^L, each (B, d).
@@ -455,6 +455,7 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
         observations, rewards, terminated, success = env.step(actions.clamp(-1, 1).cpu().double().numpy())
         if not (np.isfinite(observations[alive]).all() and np.isfinite(rewards[alive]).all()):
             raise Diverged(f"the simulator returned a NaN or an infinity at step {t % horizon} of an episode")
+        rewards = np.where(alive, rewards, 0.0)  # what comes after a termination is not kept
         trial.transitions[t, :, S : S + A] = actions
         trial.transitions[t, :, S + A] = torch.from_numpy(rewards)
         trial.transitions[t, :, S + A + 1] = torch.from_numpy(terminated | ((t + 1) % horizon == 0))  # η
@@ -462,6 +463,7 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
         trial.valid[t] = torch.from_numpy(alive)
         trial.success[t] = torch.from_numpy(success & alive)
         alive = alive & ~terminated
+        observations = np.where(alive[:, None], observations, 0.0)
     trial.transitions[steps, :, :S] = torch.from_numpy(observations)
     # The trial's end is a truncation: what would follow is worth V. After a termination nothing would follow.
     trial.values[steps] = policy_at(steps)[1] * torch.from_numpy(alive).to(device)
@@ -470,7 +472,7 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
 
 def episode_returns(trial: Trial, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of every step (n, E, H), zero after a termination, and whether each episode (n, E) ever succeeded."""
-    rewards = (trial.rewards * trial.valid).T.unflatten(1, (-1, horizon))
+    rewards = trial.rewards.T.unflatten(1, (-1, horizon))
     success = trial.success.T.unflatten(1, (-1, horizon)).any(2)
     return rewards.cpu().numpy(), success.cpu().numpy()
 
@@ -719,8 +721,11 @@ def start_progress(path: Path, iteration: int) -> None:
     """Makes progress.csv, or drops from it the rows after the checkpoint: resuming writes them again."""
     rows = []
     if iteration > 0:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= iteration]
+        try:
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= iteration]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: takes the table that trmrl.py wrote; this one cannot be read") from error
     with open(path.with_name(path.name + ".tmp"), "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -746,7 +751,6 @@ def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: 
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    start_progress(run / "progress.csv", state["iteration"])
     board = SummaryWriter(run, purge_step=state["env_steps"] + 1)
     bar = tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True, smoothing=0.1)
     saved = time.monotonic()
@@ -828,6 +832,7 @@ def main(argv: list[str] | None = None) -> int:
             run = make_run_folder(args)
             save_checkpoint(run, agent, optimizer, state)
         if not args.test:
+            start_progress(run / "progress.csv", state["iteration"])
             write_args(args, run)
             if not train(agent, optimizer, env, args, run, state):
                 print(f"stopped at {state['env_steps']:,} steps; go on with: python trmrl.py --resume {run}")
