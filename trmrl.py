@@ -823,7 +823,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(args.seed)  # for the initial weights; all else draws from random_stream
         agent = Agent(env.num_observations, env.num_actions, args.memory_length, args.layers, args.heads, args.d_model,
                       args.t_fixup, args.init_std).to(args.device)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         run = args.resume or args.test
         if run:
             state = load_checkpoint(run, agent, optimizer, args.device)
