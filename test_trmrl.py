@@ -6,16 +6,19 @@ library, a direct sum, a perturbation.
 """
 
 import csv
+import gc
 import json
 import math
-import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium
+import metaworld
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,9 @@ class PointMass:
     num_actions = 1
     splits = ("train", "test", "ood")
     has_success = True
+
+    def __init__(self, seed):
+        pass
 
     def sample_tasks(self, split, n, rng):
         low, high = (1.0, 1.5) if split == "ood" else (-1.0, 1.0)
@@ -104,7 +110,7 @@ def progress(folder: Path) -> list[dict]:
 
 def test_half_cheetah_is_bit_exact_with_gymnasium():
     """The same seed and actions give the same states, bit for bit, and the reward of App. B from gymnasium's velocity."""
-    env, reference = trmrl.HalfCheetahVel(), gymnasium.make("HalfCheetah-v5")
+    env, reference = trmrl.HalfCheetahVel(1), gymnasium.make("HalfCheetah-v5")
     expected, _ = reference.reset(seed=7)
     observation = env.reset(np.array([[1.3]]), np.random.default_rng(7))
     np.testing.assert_array_equal(observation[0], expected)
@@ -120,7 +126,7 @@ def test_half_cheetah_is_bit_exact_with_gymnasium():
 
 def test_copies_do_not_depend_on_each_other():
     """A batch steps each copy as it would alone, also after the batch has grown and shrunk."""
-    env, alone = trmrl.HalfCheetahVel(), trmrl.HalfCheetahVel()
+    env, alone = trmrl.HalfCheetahVel(1), trmrl.HalfCheetahVel(1)
     tasks = np.linspace(0, 3, 4)[:, None]
     for n in (4, 2, 4):
         rng = np.random.default_rng(3)
@@ -139,7 +145,7 @@ def test_copies_do_not_depend_on_each_other():
 
 
 def test_target_velocities_have_the_paper_ranges_and_splits_never_meet():
-    env = trmrl.HalfCheetahVel()
+    env = trmrl.HalfCheetahVel(1)
     args = trmrl.Args(seed=3)
     test, ood = (trmrl.held_out_tasks(env, split, args) for split in ("test", "ood"))
     streams = (trmrl.random_stream(3, "train", iteration) for iteration in range(1, 400))
@@ -151,6 +157,145 @@ def test_target_velocities_have_the_paper_ranges_and_splits_never_meet():
     assert not np.isin(test, train).any()
     np.testing.assert_array_equal(test, trmrl.held_out_tasks(env, "test", args))
     assert not np.isin(test, trmrl.held_out_tasks(env, "test", trmrl.Args(seed=4))).any()
+
+
+def test_ant_is_bit_exact_with_gymnasium():
+    """State, termination and reward, contact cost included; backward is forward with the velocity's sign turned."""
+    env, reference = trmrl.AntDir(1), gymnasium.make("Ant-v5", include_cfrc_ext_in_observation=False)
+    for angle, sign in ((0.0, 1), (math.pi, -1)):
+        expected, _ = reference.reset(seed=5)
+        observation = env.reset(np.array([[angle], [0.0]]), np.random.default_rng(5))
+        np.testing.assert_array_equal(observation[0], expected)
+        rng = np.random.default_rng(0)
+        contact_costs, ends = 0.0, []
+        for _ in range(env.horizon):
+            action = rng.uniform(-1, 1, 8)
+            expected, reward, terminated, _, info = reference.step(action)
+            observation, rewards, ended, _ = env.step(np.array([action, action]))
+            np.testing.assert_array_equal(observation[0], expected)
+            # The world's frame: sin π is 1e-16, not 0.
+            assert rewards[0] == pytest.approx(reward + (sign - 1) * info["x_velocity"], abs=1e-12)
+            assert ended[0] == terminated
+            contact_costs -= info["reward_contact"]
+            ends.append(terminated)
+        assert contact_costs > 0
+
+
+def test_a_falling_ant_ends_its_episode():
+    env = trmrl.AntDir(1)
+    env.reset(np.zeros((2, 1)), np.random.default_rng(0))
+    env.qpos[1][2] = 1.5  # one jumps, the other stands
+    _, rewards, terminated, _ = env.step(np.zeros((2, 8)))
+    assert terminated.tolist() == [False, True]
+    assert rewards[0] > 0.5 > rewards[1]  # the reward for staying alive
+
+
+def test_ant_goals():
+    """Each batch holds forward and backward alike (App. B); the authors' two goals share cos 1 of their way."""
+    for name, cosine in (("AntDir", -1.0), ("AntDir57", math.cos(2.0))):
+        env = trmrl.ENVS[name](1)
+        for split in env.splits:
+            tasks = env.sample_tasks(split, 20, np.random.default_rng(0))
+            env.reset(tasks, np.random.default_rng(0))
+            goals, counts = np.unique(env.goals.round(9), axis=0, return_counts=True)
+            assert counts.tolist() == [10, 10] and np.linalg.norm(goals, axis=1) == pytest.approx([1, 1])
+            assert goals[0] @ goals[1] == pytest.approx(cosine)
+    assert "ood" not in env.splits
+
+
+@pytest.fixture(scope="module")
+def reach():
+    return trmrl.ENVS["ML1-Reach"](4)
+
+
+def test_meta_world_goals_are_the_benchmarks(reach):
+    """Training goals are metaworld's training split, test goals its test split, disjoint, hidden from the agent."""
+    benchmark = metaworld.ML1("reach-v3", seed=4)
+    vectors = {split: {tuple(pickle.loads(task.data)["rand_vec"]) for task in getattr(benchmark, f"{split}_tasks")}
+               for split in ("train", "test")}
+    assert len(vectors["train"]) == len(vectors["test"]) == 50 and not vectors["train"] & vectors["test"]
+    rng = np.random.default_rng(0)
+    for split, goals in (("train", range(50)), ("test", range(50, 100))):
+        tasks = reach.sample_tasks(split, 50, rng)
+        assert sorted(tasks[:, 0]) == list(goals)
+    # The simulator rewards the same first step as metaworld's own environment with that goal.
+    for split, first in (("train", 0), ("test", 50)):
+        observation = reach.reset(np.array([[first + 7], [first + 8]]), rng)
+        action = rng.uniform(-1, 1, 4)
+        answer = reach.step(np.array([action, action]))
+        own = benchmark.train_classes["reach-v3"]()
+        for slot in range(2):
+            own.set_task(getattr(benchmark, f"{split}_tasks")[7 + slot])
+            np.testing.assert_array_equal(observation[slot], own.reset()[0])
+            expected, reward, _, _, info = own.step(action)
+            np.testing.assert_array_equal(answer[0][slot], expected)
+            assert answer[1][slot] == reward and answer[3][slot] == info["success"]
+        assert not observation[:, 36:].any() and not answer[0][:, 36:].any()
+        assert answer[1][0] != answer[1][1]
+
+
+def test_meta_world_runs_to_its_horizon_and_repeats_a_task(reach):
+    """500 steps and not one more; the same task and actions give the same episode again, another goal another."""
+    tasks = reach.sample_tasks("train", 3, np.random.default_rng(0))
+    actions = np.random.default_rng(1).uniform(-1, 1, (500, 3, 4))
+
+    def rewards(tasks):
+        reach.reset(tasks, np.random.default_rng())
+        return np.array([reach.step(action)[1] for action in actions])
+
+    first = rewards(tasks)
+    assert first.shape == (500, 3) and 0 <= first.min() and first.max() <= 10
+    np.testing.assert_array_equal(rewards(tasks), first)
+    assert (rewards(tasks[::-1].copy())[:, 0] != first[:, 0]).any()
+
+
+def test_an_episode_succeeds_if_any_of_its_steps_does():
+    """metaworld's own scripted policy reaches the goal; the flag is of the moment, so the trial must collect it."""
+    trial = trial_of(PointMass(1), make_agent(S=1, A=1))
+    rewards, success = trmrl.episode_returns(trial, 20)
+    for task in range(3):
+        for episode in range(2):
+            assert success[task, episode] == any(reward > -0.1 for reward in rewards[task, episode])
+    assert success.any() and not trial.success.all()
+
+
+def test_ml45_covers_all_environments_before_any_twice():
+    env = object.__new__(trmrl.MetaWorld)  # without its processes
+    env.names, env.held_out = trmrl.ENVS["ML45-Train"].args[0], False
+    assert len(set(env.names)) == 45
+    rng = np.random.default_rng(0)
+    names = [env.task_names(env.sample_tasks("train", 25, rng)) for _ in range(20)]
+    assert all(len(set(batch)) == 25 for batch in names) and len(set(np.concatenate(names))) == 45
+    test = env.sample_tasks("test", 45, rng)
+    assert set(env.task_names(test)) == set(env.names) and (test % 100 < 50).all()
+
+
+def test_a_killed_worker_ends_the_run_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """One line that names the environment and the tasks, exit code 1, the checkpoint intact, no process left."""
+    started = []
+
+    class Watched(trmrl.MetaWorld):
+        def __init__(self, seed):
+            super().__init__(["reach-v3"], seed, held_out=True)
+            started.extend(self.workers)
+
+        def step(self, actions):
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 1500:  # 500 a training trial, 500 the evaluation after the first: within iteration 2
+                self.workers[0].kill()
+            return super().step(actions)
+
+    monkeypatch.setitem(trmrl.ENVS, "Watched", Watched)
+    flags = ["--env", "Watched", *TINY, "--episodes-per-trial", "1", "--total-timesteps", "3000"]
+    assert trmrl.main([*flags, "--runs-dir", str(tmp_path)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "iteration 2" in line and "reach-v3" in line
+    (folder,) = tmp_path.iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 0
+    gc.collect()
+    for worker in started:
+        worker.join(timeout=30)
+        assert not worker.is_alive()
 
 
 # --- the agent -------------------------------------------------------------------------------------------------------
@@ -170,7 +315,7 @@ def literal_algorithm_1(agent, transitions, horizon, t):
 @pytest.mark.parametrize("memory_length", [1, 4, 30])
 def test_windows_and_forward_follow_algorithm_1(memory_length):
     """Values and log-probabilities of a collected trial, against Alg. 1 written out one step and one task at a time."""
-    env = PointMass()
+    env = PointMass(1)
     agent = make_agent(S=1, A=1, memory_length=memory_length)
     trial = trial_of(env, agent)
     for task in range(3):
@@ -215,7 +360,7 @@ def slow_layer(layer, memories):
 
 def test_storage_does_not_grow_with_the_memory_length():
     def stored(memory_length):
-        trial = trial_of(PointMass(), make_agent(S=1, A=1, memory_length=memory_length))
+        trial = trial_of(PointMass(1), make_agent(S=1, A=1, memory_length=memory_length))
         return sum(tensor.nbytes for tensor in vars(trial).values())
 
     assert stored(5) == stored(50)
@@ -313,7 +458,7 @@ def test_running_statistics_are_those_of_all_data():
 # --- trials and PPO --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env", [PointMass(), Mortal()], ids=["", "early termination"])
+@pytest.mark.parametrize("env", [PointMass(1), Mortal(1)], ids=["", "early termination"])
 def test_advantages_are_the_double_sum_over_the_concatenated_trial(env):
     """A_t = Σ_k (γλ)^k δ_(t+k) over the valid steps of all episodes in a row, bootstrapped only at a truncation."""
     gamma, lam = 0.9, 0.8
@@ -346,7 +491,7 @@ def test_advantages_are_the_double_sum_over_the_concatenated_trial(env):
 
 def test_steps_after_an_early_termination_neither_train_nor_count(tmp_path):
     """The NaN that Mortal returns when dead reaches no return, no statistic and no gradient."""
-    env, agent = Mortal(), make_agent(S=1, A=1)
+    env, agent = Mortal(1), make_agent(S=1, A=1)
     trial = trial_of(env, agent, tasks=6)
     assert not trial.valid.all()
     rewards, _ = trmrl.episode_returns(trial, env.horizon)
@@ -365,7 +510,7 @@ def test_steps_after_an_early_termination_neither_train_nor_count(tmp_path):
 
 def test_the_update_is_ppos(monkeypatch):
     """One step on one minibatch, against the clipped objective written out sample by sample."""
-    env, agent, copy = PointMass(), make_agent(S=1, A=1), make_agent(S=1, A=1)
+    env, agent, copy = PointMass(1), make_agent(S=1, A=1), make_agent(S=1, A=1)
     trial = trial_of(env, agent)
     with torch.no_grad():
         for ours, theirs in zip(agent.parameters(), copy.parameters()):  # so that some ratios are clipped
@@ -398,7 +543,7 @@ def test_the_update_is_ppos(monkeypatch):
 def test_a_high_kl_ends_the_epochs():
     def epochs(target_kl):
         agent = make_agent(S=1, A=1)
-        trial = trial_of(PointMass(), agent)
+        trial = trial_of(PointMass(1), agent)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
         trmrl.ppo_update(agent, optimizer, trial, trmrl.Args(minibatch_size=60, update_epochs=5, target_kl=target_kl),
                          np.random.default_rng(0))
@@ -440,7 +585,7 @@ def test_meta_test_files(tmp_path):
 
 def test_refinement_against_scalar_loops(tmp_path):
     """Fig. 7: cosines summed one by one; the regression through the normal equations."""
-    env, agent = PointMass(), make_agent(S=1, A=1, layers=3)
+    env, agent = PointMass(1), make_agent(S=1, A=1, layers=3)
     agent.policy.weight.data.normal_()
     args = trmrl.Args(test_tasks=4, test_episodes=4)
     trmrl.refinement(agent, env, args, tmp_path)
@@ -569,7 +714,7 @@ def test_the_command_line_on_the_real_environment(tmp_path):
     flags = ["--env", "HalfCheetahVel", *TINY, "--layers", "4", "--total-timesteps", "3200", "--runs-dir", "runs"]
     process = subprocess.Popen(command(*flags), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     errors = ""
-    while "train_return" not in errors:  # the progress bar's first word on an iteration
+    while "train=" not in errors:  # the progress bar's first word on an iteration
         character = process.stderr.read(1)
         assert character, errors
         errors += character
@@ -583,6 +728,27 @@ def test_the_command_line_on_the_real_environment(tmp_path):
         assert "test return" in finished.stdout and "ood return" in finished.stdout
     assert progress(folder)[-1]["env_steps"] == "3200"
     assert np.load(folder / "ood.npz")["rewards"].shape == (3, 2, 200)
+
+
+def test_every_environment_trains_resumes_and_meta_tests(tmp_path, monkeypatch):
+    """A few seconds of each through the command line; ML45-Train with three of its environments."""
+    handful = ["door-open-v3", "reach-wall-v3", "drawer-close-v3"]
+    monkeypatch.setitem(trmrl.ENVS, "ML45-Train", partial(trmrl.MetaWorld, handful, held_out=False))
+    for env in ("AntDir", "AntDir57", "ML1-Reach", "ML1-Push", "ML45-Train"):
+        horizon = 500 if env.startswith("ML") else 200
+        folder = run(tmp_path, "--env", env, *TINY, "--test-tasks", "4", "--episodes-per-trial", "1",
+                     "--total-timesteps", "300")
+        iterations = len(progress(folder))
+        assert trmrl.main(["--resume", str(folder), "--total-timesteps", str(horizon * 4)]) == 0
+        rows = progress(folder)
+        assert len(rows) > iterations
+        meta_test = np.load(folder / "meta_test.npz")
+        assert meta_test["rewards"].shape == (4, 2, horizon) and meta_test["success"].shape == (4, 2)
+        assert not (folder / "ood.npz").exists()
+        assert all(row["ood_return"] == "" for row in rows)
+        assert bool(rows[-1]["test_success"]) == bool(rows[-1]["train_success"]) == env.startswith("ML")
+        if env == "ML45-Train":
+            assert set(meta_test["task_names"]) == set(handful)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -681,7 +847,7 @@ def test_a_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeyp
 
 def test_a_diverged_simulation_is_seen():
     """MuJoCo itself would quietly start a body anew; the trial must end instead."""
-    env = trmrl.HalfCheetahVel()
+    env = trmrl.HalfCheetahVel(1)
 
     class Kick:
         def __getattr__(self, name):
@@ -691,17 +857,17 @@ def test_a_diverged_simulation_is_seen():
             env.qvel[0][:] = 1e8
             return env.step(actions)
 
-    with pytest.raises(trmrl.Diverged):
+    with pytest.raises(trmrl.RunFailed):
         trial_of(Kick(), make_agent(S=17, A=6), tasks=2)
 
 
 def test_a_loss_that_is_not_finite_is_never_stepped_on(tmp_path):
-    env, agent = PointMass(), make_agent(S=1, A=1)
+    env, agent = PointMass(1), make_agent(S=1, A=1)
     trial = trial_of(env, agent)
     trial.rewards[7, 1] = math.inf
     before = [parameter.clone() for parameter in agent.parameters()]
     optimizer = torch.optim.Adam(agent.parameters())
-    with pytest.raises(trmrl.Diverged):
+    with pytest.raises(trmrl.RunFailed):
         trmrl.ppo_update(agent, optimizer, trial, trmrl.Args(), np.random.default_rng(0))
     for parameter, old in zip(agent.parameters(), before):
         assert torch.equal(parameter, old)
@@ -715,7 +881,7 @@ def test_batched_stepping_beats_gymnasiums_vector_env():
     """Issued as a ratio: 20 half cheetahs, the same actions, this file's batch against SyncVectorEnv."""
     n, steps = 20, 400
     actions = np.random.default_rng(0).uniform(-1, 1, (steps, n, 6))
-    env = trmrl.HalfCheetahVel()
+    env = trmrl.HalfCheetahVel(1)
     reference = gymnasium.make_vec("HalfCheetah-v5", n, vectorization_mode="sync")
     seconds = {"batch": [], "gymnasium": []}
     for _ in range(3):

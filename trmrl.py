@@ -22,20 +22,26 @@ Fig. 7, 8  refinement, latents             refinement
 """
 
 import argparse
+import collections
+import contextlib
 import csv
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium
+import metaworld
 import mujoco
 import numpy as np
 import torch
@@ -54,8 +60,8 @@ class UserError(Exception):
     """A mistake in what the user asked for: one line, exit code 2."""
 
 
-class Diverged(Exception):
-    """A NaN or an infinity in the simulator or the loss: the run stops, exit code 1."""
+class RunFailed(Exception):
+    """A NaN in the simulator or the loss, or a simulator that died: the run cannot go on, exit code 1."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,12 +167,13 @@ def random_stream(seed: int, purpose: str, iteration: int = 0) -> np.random.Gene
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks and environments (Sec. 5.1, App. B)
 #
-# An environment steps a batch of n independent copies, each under its own task. It offers
+# An environment is made with the run's seed and steps a batch of n independent copies, each under its own task. It has
 #   horizon, num_observations, num_actions                      H, S, A
 #   splits, has_success                                         what sample_tasks takes; whether success means anything
 #   sample_tasks(split, n, rng) -> tasks (n, k)
 #   reset(tasks, rng) -> observations (n, S)                    starts an episode of each task
 #   step(actions (n, A)) -> observations (n, S), rewards (n,), terminated (n,), success (n,)
+#   task_names(tasks) -> names (n,)                             only if tasks have names
 # Actions lie in [-1, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -174,14 +181,18 @@ def random_stream(seed: int, purpose: str, iteration: int = 0) -> np.random.Gene
 class MujocoBody:
     """Copies of a gymnasium MuJoCo environment's body that share one model, with an MjData each.
 
-    Physics and resets are bit-exact with gymnasium's environment, at less than half of its vector environments' time:
-    nothing but mj_step runs per copy, observations and rewards are computed for all copies at once.
+    Physics and resets are bit-exact with gymnasium's environment, in less than two thirds of its vector environments'
+    time: nothing but the simulator runs per copy, observations and rewards are computed for all copies at once.
     """
 
     gym_id: str
+    gym_options: dict = {}
+    horizon = 200
+    has_success = False
+    threads = 1  # that step the copies
 
-    def __init__(self):
-        env = gymnasium.make(self.gym_id).unwrapped
+    def __init__(self, seed: int):
+        env = gymnasium.make(self.gym_id, **self.gym_options).unwrapped
         self.model, self.frame_skip, self.dt = env.model, env.frame_skip, env.dt
         self.reset_noise = env._reset_noise_scale
         self.init_qpos, self.init_qvel = env.init_qpos, env.init_qvel
@@ -190,6 +201,7 @@ class MujocoBody:
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = []
         self.qpos, self.qvel, self.ctrl = [], [], []  # views into the datas: making one costs as much as a short step
+        self.map = map if self.threads == 1 else ThreadPoolExecutor(self.threads).map
 
     def reset_bodies(self, n: int, rng: np.random.Generator) -> None:
         """Puts the first n copies into random initial states, as gymnasium's reset_model does."""
@@ -207,19 +219,22 @@ class MujocoBody:
             mujoco.mj_forward(self.model, self.datas[i])
 
     def step_bodies(self, actions: np.ndarray) -> None:
-        for data, ctrl, action in zip(self.datas, self.ctrl, actions):
-            ctrl[:] = action
-            mujoco.mj_step(self.model, data, nstep=self.frame_skip)
+        def step_share(first: int) -> None:
+            for i in range(first, len(actions), self.threads):
+                self.ctrl[i][:] = actions[i]
+                mujoco.mj_step(self.model, self.datas[i], nstep=self.frame_skip)
+                mujoco.mj_rnePostConstraint(self.model, self.datas[i])  # contact forces, which mj_step leaves out
+
+        for _ in self.map(step_share, range(self.threads)):
+            pass
 
 
 class HalfCheetahVel(MujocoBody):
     """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
 
     gym_id = "HalfCheetah-v5"
-    horizon = 200
     num_observations = 17
     splits = ("train", "test", "ood")
-    has_success = False
 
     def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
         low, high = (3.0, 4.0) if split == "ood" else (0.0, 3.0)
@@ -235,7 +250,7 @@ class HalfCheetahVel(MujocoBody):
         qpos = np.array(self.qpos[:n])
         return np.concatenate([qpos[:, 1:], np.array(self.qvel[:n])], axis=1), qpos[:, 0]
 
-    def step(self, actions: np.ndarray):
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         n = len(actions)
         before = np.array([qpos[0] for qpos in self.qpos[:n]])
         self.step_bodies(actions)
@@ -246,7 +261,164 @@ class HalfCheetahVel(MujocoBody):
         return observations, rewards, never, never
 
 
-ENVS = {"HalfCheetahVel": HalfCheetahVel}
+class AntDir(MujocoBody):
+    """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
+
+    A task is the goal's angle in radians. The episode ends where the torso's height leaves [0.2, 1] m.
+    """
+
+    gym_id = "Ant-v5"
+    gym_options = {"include_cfrc_ext_in_observation": False}
+    num_observations = 27
+    splits = ("train", "test")
+    angles = (0.0, math.pi)
+    threads = os.cpu_count()  # an ant's step is six times a half cheetah's, and threads pay
+
+    def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
+        return np.resize(self.angles, (n, 1))  # the two in turn, so that each batch holds both
+
+    def reset(self, tasks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        self.goals = np.concatenate([np.cos(tasks), np.sin(tasks)], axis=1)
+        self.reset_bodies(len(tasks), rng)
+        return self.observe(len(tasks))
+
+    def observe(self, n: int) -> np.ndarray:
+        return np.concatenate([np.array(self.qpos[:n])[:, 2:], np.array(self.qvel[:n])], axis=1)
+
+    def torso_positions(self, n: int) -> np.ndarray:
+        """x and y (n, 2) in metres, as of the last evaluation of the kinematics: gymnasium's velocity is of these."""
+        return np.array([data.xpos[1, :2] for data in self.datas[:n]])
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        n = len(actions)
+        before = self.torso_positions(n)
+        self.step_bodies(actions)
+        velocities = (self.torso_positions(n) - before) / self.dt
+        observations = self.observe(n)
+        healthy = (0.2 <= observations[:, 0]) & (observations[:, 0] <= 1.0)
+        forces = np.array([data.cfrc_ext for data in self.datas[:n]]).clip(-1, 1)
+        rewards = (velocities * self.goals).sum(axis=1) + healthy
+        rewards -= 0.5 * np.square(actions).sum(axis=1) + 5e-4 * np.square(forces).sum(axis=(1, 2))
+        return observations, rewards, ~healthy, np.zeros(n, dtype=bool)
+
+
+class AntDir57(AntDir):
+    """The authors' code: goals at ±1 radian, which share cos 1 = 54 % of the way; the paper says forward or backward."""
+
+    angles = (1.0, -1.0)
+
+
+def meta_world_worker(pipe, seed: int) -> None:
+    """A process that holds MetaWorld simulators and resets or steps them as it is told, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it is the parent's to answer
+    benchmarks, simulators = {}, collections.defaultdict(list)
+    try:
+        while True:
+            command, argument = pipe.recv()
+            if command == "reset":
+                chosen, used = [], collections.Counter()
+                for name, goal in argument:
+                    if name not in benchmarks:
+                        benchmarks[name] = metaworld.ML1(name, seed)
+                    if used[name] == len(simulators[name]):
+                        simulators[name].append(benchmarks[name].train_classes[name]())
+                    simulator = simulators[name][used[name]]
+                    simulator.set_task((benchmarks[name].train_tasks + benchmarks[name].test_tasks)[goal])
+                    chosen.append(simulator)
+                    used[name] += 1
+                pipe.send(np.array([simulator.reset()[0] for simulator in chosen]))
+            else:
+                steps = [simulator.step(action) for simulator, action in zip(chosen, argument)]
+                observations, rewards, _, _, infos = zip(*steps)
+                success = [info["success"] > 0 for info in infos]
+                pipe.send((np.array(observations), np.array(rewards), np.array(success)))
+    except (EOFError, OSError):  # the parent has closed the pipe, or is gone
+        return
+
+
+class MetaWorld:
+    """MetaWorld's ML1 (one environment, 50 training goals and 50 held out) and ML45-Train (45, tested as trained).
+
+    A task is a number, 100 · environment + goal, goals from 50 on being held out. The goal's position is hidden: the
+    benchmark zeroes it in the observation. An episode succeeds if any of its steps does.
+    The simulator is Python, so it runs in processes, one per core, that hold several copies each.
+    """
+
+    horizon = 500
+    num_observations = 39
+    num_actions = 4
+    splits = ("train", "test")
+    has_success = True
+
+    def __init__(self, names: list[str], seed: int, held_out: bool):
+        self.names, self.held_out = names, held_out
+        if len(names) > 1:
+            print(f"building each of {len(names)} MetaWorld simulators when it is first drawn, about a second each")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # this file's imports once, not once a worker
+        self.workers, self.pipes = [], []
+        for _ in range(os.cpu_count()):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=meta_world_worker, args=(theirs, seed), daemon=True)
+            worker.start()
+            theirs.close()  # so that the pipe ends when either side does
+            self.workers.append(worker)
+            self.pipes.append(ours)
+
+    def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
+        """No environment twice before each came once, and no goal either."""
+        environments = np.resize(rng.permutation(len(self.names)), n)
+        goals = np.resize(rng.permutation(50), n)
+        if split == "test" and self.held_out:
+            goals = goals + 50
+        return (100 * environments + goals)[:, None]
+
+    def task_names(self, tasks: np.ndarray) -> np.ndarray:
+        return np.array([self.names[task // 100] for task in tasks[:, 0]])
+
+    def reset(self, tasks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        self.tasks = tasks
+        # A simulator takes 24 MB and, with its goals, a second: of many environments each has one worker.
+        share = tasks[:, 0] // 100 if len(self.names) > 1 else np.arange(len(tasks))
+        self.slots = [np.flatnonzero(share % len(self.pipes) == i) for i in range(len(self.pipes))]
+        observations = np.empty((len(tasks), self.num_observations))
+        wanted = list(zip(self.task_names(tasks), tasks[:, 0] % 100))
+        for slots, answer in self.ask("reset", [[wanted[i] for i in slots] for slots in self.slots]):
+            observations[slots] = answer
+        return observations
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        n = len(actions)
+        observations, rewards = np.empty((n, self.num_observations)), np.empty(n)
+        success, never = np.empty(n, dtype=bool), np.zeros(n, dtype=bool)
+        for slots, answer in self.ask("step", [actions[slots] for slots in self.slots]):
+            observations[slots], rewards[slots], success[slots] = answer
+        return observations, rewards, never, success
+
+    def ask(self, command: str, arguments: list) -> list[tuple[np.ndarray, object]]:
+        """Each worker's slots and its answer, of those that have any. Raises RunFailed if one has died."""
+        busy = [worker for worker, slots in enumerate(self.slots) if len(slots)]
+        answers = []
+        try:
+            for worker in busy:
+                self.pipes[worker].send((command, arguments[worker]))
+            for worker in busy:
+                answers.append((self.slots[worker], self.pipes[worker].recv()))
+        except (EOFError, OSError) as error:
+            tasks = self.tasks[self.slots[worker]]
+            names = sorted({f"{name} {task}" for name, task in zip(self.task_names(tasks), tasks[:, 0])})
+            raise RunFailed(f"the process died that simulated {', '.join(names)}") from error
+        return answers
+
+
+ENVS = {
+    "HalfCheetahVel": HalfCheetahVel,
+    "AntDir": AntDir,
+    "AntDir57": AntDir57,
+    "ML1-Reach": partial(MetaWorld, ["reach-v3"], held_out=True),
+    "ML1-Push": partial(MetaWorld, ["push-v3"], held_out=True),
+    "ML45-Train": partial(MetaWorld, list(metaworld.env_dict.ML45_V3["train"]), held_out=False),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,7 +591,7 @@ class Trial:
 def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.random.Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks at once: actions are sampled from the policy, or its mean if not explore.
 
-    Raises Diverged if the simulator returns a NaN or an infinity.
+    Raises RunFailed if the simulator returns a NaN or an infinity.
     """
     n, horizon, S, A = len(tasks), env.horizon, env.num_observations, env.num_actions
     steps = episodes * horizon
@@ -454,7 +626,7 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
         trial.log_probs[t] = policy.log_prob(actions).sum(1)
         observations, rewards, terminated, success = env.step(actions.clamp(-1, 1).cpu().double().numpy())
         if not (np.isfinite(observations[alive]).all() and np.isfinite(rewards[alive]).all()):
-            raise Diverged(f"the simulator returned a NaN or an infinity at step {t % horizon} of an episode")
+            raise RunFailed(f"the simulator returned a NaN or an infinity at step {t % horizon} of an episode")
         rewards = np.where(alive, rewards, 0.0)  # what comes after a termination is not kept
         trial.transitions[t, :, S : S + A] = actions
         trial.transitions[t, :, S + A] = torch.from_numpy(rewards)
@@ -503,7 +675,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
                rng: np.random.Generator) -> dict[str, float]:
     """Up to update_epochs passes over the trials' valid steps, in minibatches that mix tasks; returns mean statistics.
 
-    Raises Diverged if a loss is not finite, before the step that it would have spoilt.
+    Raises RunFailed if a loss is not finite, before the step that it would have spoilt.
     """
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
@@ -527,7 +699,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
             value_loss = 0.5 * (value - returns[batch]).square().mean() / returns_variance
             loss = policy_loss + value_loss
             if not torch.isfinite(loss):
-                raise Diverged("the loss is not finite")
+                raise RunFailed("the loss is not finite")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -582,7 +754,10 @@ def meta_test(agent: Agent, env, args: Args, run: Path) -> list[tuple[str, np.nd
         rewards, success = episode_returns(
             collect_trial(agent, env, tasks, args.test_episodes, rng, explore=False), env.horizon
         )
-        write_file(run / name, lambda file: np.savez(file, rewards=rewards, success=success, tasks=tasks))
+        results = {"rewards": rewards, "success": success, "tasks": tasks}
+        if hasattr(env, "task_names"):
+            results["task_names"] = env.task_names(tasks)
+        write_file(run / name, lambda file: np.savez(file, **results))
         rows.append((f"{split} return", rewards.sum(2).mean(0)))
         if env.has_success:
             rows.append((f"{split} success", success.mean(0)))
@@ -738,73 +913,82 @@ def append_progress(path: Path, row: dict) -> None:
         csv.DictWriter(file, COLUMNS).writerow(row)
 
 
+@contextlib.contextmanager
+def stop_requests():
+    """Within it the first Ctrl-C or SIGTERM is only noted, in the list that it yields; a second one acts as ever."""
+    requests = []
+
+    def note(number, frame):
+        requests.append(number)
+        tqdm.write("stopping after this iteration; once more to stop at once")
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: Path, state: dict) -> bool:
     """The outer loop (Sec. 5.1), from state on; returns whether it came to its end, rather than to a signal.
 
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on.
     """
-    signals = []
-
-    def stop(number, frame):
-        signals.append(number)
-        tqdm.write("stopping after this iteration; once more to stop at once")
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    board = SummaryWriter(run, purge_step=state["env_steps"] + 1)
-    bar = tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True, smoothing=0.1)
     saved = time.monotonic()
     scores = {}
-    while state["env_steps"] < args.total_timesteps and not signals:
-        started = time.monotonic()
-        iteration = state["iteration"] + 1
-        rng = random_stream(args.seed, "train", iteration)
-        remaining = 1 - state["env_steps"] / args.total_timesteps
-        learning_rate = args.learning_rate * (0.1 + 0.9 * remaining if args.anneal_lr else 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        try:
-            tasks = env.sample_tasks("train", args.num_tasks, rng)
-            trial = collect_trial(agent, env, tasks, args.episodes_per_trial, rng, explore=True)
-            collected = time.monotonic()
-            losses = ppo_update(agent, optimizer, trial, args, rng)
-        except Diverged as error:
-            raise Diverged(f"iteration {iteration}: {error}; {run} holds the last good checkpoint") from error
-        agent.update_statistics(trial.transitions[:-1][trial.valid])
-        updated = time.monotonic()
+    with (
+        stop_requests() as requests,
+        SummaryWriter(run, purge_step=state["env_steps"] + 1) as board,
+        tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True) as bar,
+    ):
+        while state["env_steps"] < args.total_timesteps and not requests:
+            started = time.monotonic()
+            iteration = state["iteration"] + 1
+            rng = random_stream(args.seed, "train", iteration)
+            remaining = 1 - state["env_steps"] / args.total_timesteps
+            learning_rate = args.learning_rate * (0.1 + 0.9 * remaining if args.anneal_lr else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            try:
+                tasks = env.sample_tasks("train", args.num_tasks, rng)
+                trial = collect_trial(agent, env, tasks, args.episodes_per_trial, rng, explore=True)
+                collected = time.monotonic()
+                losses = ppo_update(agent, optimizer, trial, args, rng)
+            except RunFailed as error:
+                raise RunFailed(f"iteration {iteration}: {error}; {run} holds the last good checkpoint") from error
+            agent.update_statistics(trial.transitions[:-1][trial.valid])
+            updated = time.monotonic()
 
-        state["iteration"] = iteration
-        state["env_steps"] += int(trial.valid.sum())
-        done = state["env_steps"] >= args.total_timesteps
-        rewards, success = episode_returns(trial, env.horizon)
-        row = {
-            "train_return": rewards.sum(2).mean(),
-            "rollout_seconds": collected - started,
-            "update_seconds": updated - collected,
-            "learning_rate": learning_rate,
-            **losses,
-        }
-        if env.has_success:
-            row["train_success"] = success.mean()
-        if iteration % args.eval_interval == 1 or args.eval_interval == 1 or done:
-            scores = evaluate(agent, env, args)
-            row |= scores
-        row["steps_per_second"] = int(trial.valid.sum()) / (time.monotonic() - started)
-        state["wall_seconds"] += time.monotonic() - started
-        append_progress(run / "progress.csv", state | row)
-        for name, value in row.items():
-            board.add_scalar(name, value, state["env_steps"])
-        bar.update(int(trial.valid.sum()))
-        bar.set_postfix_str(" ".join(f"{name}={value:.4g}" for name, value in
-                                     ({"train_return": row["train_return"]} | scores).items()))
-        if done or signals or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save_checkpoint(run, agent, optimizer, state)
-            saved = time.monotonic()
-    bar.close()
-    board.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return not signals
+            env_steps = int(trial.valid.sum())
+            state["iteration"] = iteration
+            state["env_steps"] += env_steps
+            done = state["env_steps"] >= args.total_timesteps
+            rewards, success = episode_returns(trial, env.horizon)
+            row = {
+                "train_return": rewards.sum(2).mean(),
+                "rollout_seconds": collected - started,
+                "update_seconds": updated - collected,
+                "learning_rate": learning_rate,
+                **losses,
+            }
+            if env.has_success:
+                row["train_success"] = success.mean()
+            if (iteration - 1) % args.eval_interval == 0 or done:
+                scores = evaluate(agent, env, args)
+                row |= scores
+            row["steps_per_second"] = env_steps / (time.monotonic() - started)
+            state["wall_seconds"] += time.monotonic() - started
+            append_progress(run / "progress.csv", state | row)
+            for name, value in row.items():
+                board.add_scalar(name, value, state["env_steps"])
+            bar.update(env_steps)
+            bar.set_postfix({"train": f"{row['train_return']:.1f}"} | {name: f"{scores[name]:.3g}" for name in scores})
+            if done or requests or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(run, agent, optimizer, state)
+                saved = time.monotonic()
+    return not requests
 
 
 def print_summary(args: Args, state: dict, rows: list[tuple[str, np.ndarray]]) -> None:
@@ -819,7 +1003,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a run that diverged."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        env = ENVS[args.env]()
+        env = ENVS[args.env](args.seed)
         torch.manual_seed(args.seed)  # for the initial weights; all else draws from random_stream
         agent = Agent(env.num_observations, env.num_actions, args.memory_length, args.layers, args.heads, args.d_model,
                       args.t_fixup, args.init_std).to(args.device)
@@ -845,7 +1029,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
