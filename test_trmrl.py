@@ -24,6 +24,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import plot
 import trmrl
 
 torch.set_num_threads(1)  # threads cost more than they bring on tensors this small
@@ -885,6 +886,250 @@ def test_a_loss_that_is_not_finite_is_never_stepped_on(tmp_path):
         trmrl.ppo_update(agent, optimizer, trial, trmrl.Args(), np.random.default_rng(0))
     for parameter, old in zip(agent.parameters(), before):
         assert torch.equal(parameter, old)
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def fake_run(folder: Path, env="HalfCheetahVel", seed=1, ood=True, success=False, steps=10, **flags) -> Path:
+    """A run's files with random but known contents."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    values = {"env": env, "seed": seed, "layers": 4, "heads": 4, "t_fixup": True, "runs_dir": str(folder.parent)}
+    (folder / "args.json").write_text(json.dumps(values | flags | {"versions": {"torch": str(seed)}}))
+    with open(folder / "progress.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, trmrl.COLUMNS)
+        writer.writeheader()
+        for iteration in range(1, steps + 1):
+            row = {"iteration": iteration, "env_steps": 100 * iteration, "wall_seconds": 2.0 * iteration,
+                   "train_return": rng.normal()}
+            if iteration % 3 == 1 or iteration == steps:
+                row["test_return"] = rng.normal()
+                row |= {"ood_return": rng.normal()} if ood else {}
+                row |= {"test_success": rng.uniform()} if success else {}
+            writer.writerow(row)
+    tasks, H = rng.uniform(0, 3, (20, 1)), 30
+    meta_test = {"rewards": rng.normal(size=(20, 6, H)), "success": np.zeros((20, 6)), "tasks": tasks}
+    velocities = {"velocities": rng.normal(size=(20, 6, H))} if env == "HalfCheetahVel" else {}
+    trmrl.write_npz(folder / "meta_test.npz", **meta_test, **velocities)
+    if ood:
+        trmrl.write_npz(folder / "ood.npz", **meta_test | {"rewards": rng.normal(size=(20, 6, H))})
+    trmrl.write_npz(folder / "refinement.npz", representation_error=rng.uniform(size=5), regression_mse=rng.uniform(size=5))
+    trmrl.write_npz(folder / "working_memories.npz", embedding=rng.normal(size=(90, 8)), task=rng.uniform(0, 3, 90))
+    trmrl.write_npz(folder / "attention.npz", weights=rng.dirichlet(np.ones(5), 4))
+    return folder
+
+
+def drawn(draw, folders):
+    """The axes of a figure of these folders, colour bars left aside, and what it said of runs that it could not use."""
+    runs, problems = [plot.load_run(folder) for folder in folders], []
+    plot.name_settings(runs)
+    figure, _ = draw(runs, plot.Palette([run.label for run in runs]), problems)
+    return [axes for axes in figure.axes if axes.get_label() != "<colorbar>"], problems
+
+
+def line_data(axes) -> dict[str, np.ndarray]:
+    return {line.get_label(): np.array(line.get_data()) for line in axes.get_lines()}
+
+
+def band(axes, number=0) -> np.ndarray:
+    """The lower and upper edge of a shaded band at each x, as (2, n)."""
+    vertices = axes.collections[number].get_paths()[0].vertices
+    edges = {x: vertices[vertices[:, 0] == x, 1] for x in vertices[:, 0]}
+    return np.array([[edges[x].min(), edges[x].max()] for x in sorted(edges)]).T
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    return [fake_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2, 3)]
+
+
+def test_every_figure_is_drawn(tmp_path, capsys):
+    folders = [fake_run(tmp_path / f"{layers}-{seed}", seed=seed, layers=layers) for layers in (2, 4) for seed in (1, 2)]
+    folders.append(fake_run(tmp_path / "reach", env="ML1-Reach", ood=False, success=True))
+    out = tmp_path / "figures"
+    assert plot.main([*map(str, folders), "--out", str(out), "--pdf"]) == 0
+    names = {"meta_training", "adaptation", "ood", "refinement", "working_memories", "online_adaptation", "attention",
+             "ablation_layers"}
+    assert {path.name for path in out.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")} | {
+        "summary.md"}
+    for name in names:
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(":")[0] for line in lines} == names | {"summary"}
+    assert "reach" in lines[0] and "2-1" in lines[0]
+
+
+def test_the_interval_is_the_bootstraps():
+    values = np.random.default_rng(1).normal(size=(5, 2))
+    rng = np.random.default_rng(2)
+    means = [[np.mean([values[rng.integers(5), column] for _ in range(5)]) for column in range(2)] for _ in range(4000)]
+    low, high = plot.bootstrap_interval(values)
+    assert low == pytest.approx(np.percentile(means, 2.5, axis=0), abs=0.06)
+    assert high == pytest.approx(np.percentile(means, 97.5, axis=0), abs=0.06)
+
+
+def test_meta_training_shows_the_mean_of_the_evaluations(seeds):
+    (axes,), _ = drawn(plot.draw_meta_training, seeds)
+    tables = [progress(folder) for folder in seeds]
+    measured = [[float(row["test_return"]) for row in rows if row["test_return"]] for rows in tables]
+    ((label, (x, y)),) = line_data(axes).items()
+    assert label == "TrMRL (3 seeds)"
+    assert x == pytest.approx(np.array([100, 400, 700, 1000]) / 1e6)
+    assert y == pytest.approx(np.mean(measured, axis=0))
+    low, high = plot.bootstrap_interval(np.array(measured))
+    np.testing.assert_allclose(band(axes), [low, high])
+    assert "return" in axes.get_ylabel() and "steps" in axes.get_xlabel()
+
+    (single,), _ = drawn(plot.draw_meta_training, seeds[:1])
+    assert list(line_data(single)) == ["TrMRL (1 seed)"] and not single.collections
+
+
+def test_meta_world_is_judged_by_success(tmp_path):
+    folder = fake_run(tmp_path / "reach", env="ML1-Reach", ood=False, success=True)
+    (axes,), _ = drawn(plot.draw_meta_training, [folder])
+    expected = [float(row["test_success"]) for row in progress(folder) if row["test_success"]]
+    assert line_data(axes)["TrMRL (1 seed)"][1] == pytest.approx(expected) and "success" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("name", ["meta_test.npz", "ood.npz"])
+def test_adaptation_shows_returns_over_episodes(seeds, name):
+    (axes,), _ = drawn(plot.draw_episodes(name), seeds)
+    returns = [[np.load(folder / name)["rewards"][:, episode].sum() / 20 for episode in range(6)] for folder in seeds]
+    x, y = line_data(axes)["TrMRL (3 seeds)"]
+    assert x.tolist() == [1, 2, 3, 4, 5, 6]
+    assert y == pytest.approx(np.mean(returns, axis=0))
+    np.testing.assert_allclose(band(axes), plot.bootstrap_interval(np.array(returns)))
+
+
+def test_refinement_latents_and_attention_show_the_files(seeds):
+    axes, _ = drawn(plot.draw_refinement, seeds)
+    for panel, quantity in zip(axes, ("representation_error", "regression_mse")):
+        expected = np.mean([np.load(folder / "refinement.npz")[quantity] for folder in seeds], axis=0)
+        x, y = line_data(panel)["TrMRL (3 seeds)"]
+        assert x.tolist() == [0, 1, 2, 3, 4] and y == pytest.approx(expected)
+
+    (axes,), _ = drawn(plot.draw_working_memories, seeds)
+    data = np.load(seeds[0] / "working_memories.npz")
+    (dots,) = axes.collections
+    points = np.array(dots._offsets3d).T
+    values, vectors = np.linalg.eigh(np.cov(data["embedding"].T))  # principal components by another way
+    expected = (data["embedding"] - data["embedding"].mean(0)) @ vectors[:, ::-1][:, :3]
+    np.testing.assert_allclose(np.abs(points), np.abs(expected), atol=1e-9)
+    np.testing.assert_array_equal(dots.get_array(), data["task"])
+    assert any("m/s" in bar.get_ylabel() for bar in axes.figure.axes)
+
+    (axes,), _ = drawn(plot.draw_attention, seeds)
+    np.testing.assert_array_equal(axes.images[0].get_array(), np.load(seeds[0] / "attention.npz")["weights"])
+
+
+def test_online_adaptation_shows_rewards_and_velocities(seeds):
+    (rewards, velocities), _ = drawn(plot.draw_online_adaptation, seeds)
+    first = np.concatenate([np.load(folder / "meta_test.npz")["rewards"][:, 0] for folder in seeds])
+    assert line_data(rewards)["TrMRL (60 tasks)"][1] == pytest.approx(first.mean(0))
+    np.testing.assert_allclose(band(rewards), plot.bootstrap_interval(first))
+    data = np.load(seeds[0] / "meta_test.npz")
+    lines = {label: y for label, (_, y) in line_data(velocities).items() if label.startswith("target")}
+    assert len(lines) == 4
+    for task in (data["tasks"].argmin(), data["tasks"].argmax()):
+        assert lines[f"target {data['tasks'][task, 0]:.2f} m/s"] == pytest.approx(data["velocities"][task, 0])
+
+
+def test_ablations_are_runs_that_differ_in_one_flag(tmp_path):
+    """A curve per value; runs that differ in two flags, or in their environment, are no ablation of each other."""
+    folders = {
+        "base": fake_run(tmp_path / "base"),
+        "base2": fake_run(tmp_path / "base2", seed=2),
+        "deep": fake_run(tmp_path / "deep", layers=8),
+        "norm": fake_run(tmp_path / "norm", t_fixup=False),
+        "both": fake_run(tmp_path / "both", layers=12, heads=8),
+        "ant": fake_run(tmp_path / "ant", env="AntDir", layers=2, ood=False),
+    }
+    runs = [plot.load_run(folder) for folder in folders.values()]
+    found = plot.ablations(runs)
+    names = {flag: [{run.folder.name for run in members} for members in groups] for flag, groups in found.items()}
+    assert names == {"layers": [{"base", "base2", "deep"}], "t_fixup": [{"base", "base2", "norm"}]}
+    plot.name_settings(runs)
+    palette = plot.Palette([run.label for run in runs])
+    figure, _ = plot.draw_ablation("layers", found["layers"])(runs, palette, [])
+    (axes,) = figure.axes
+    assert list(line_data(axes)) == ["layers 4 (2 seeds)", "layers 8 (1 seed)"]
+    deep = [float(row["test_return"]) for row in progress(folders["deep"]) if row["test_return"]]
+    assert line_data(axes)["layers 8 (1 seed)"][1] == pytest.approx(deep)
+
+
+def test_a_label_has_one_colour_in_all_figures(seeds, tmp_path):
+    folders = [*seeds, fake_run(tmp_path / "deep", layers=8)]
+    colours = [{line.get_label().split(" (")[0]: line.get_color() for line in drawn(draw, folders)[0][0].get_lines()}
+               for draw in (plot.draw_meta_training, plot.draw_episodes("meta_test.npz"), plot.draw_refinement)]
+    assert colours[0] == colours[1] == colours[2] and len(set(colours[0].values())) == 2
+
+
+def test_summary_holds_final_results(seeds):
+    runs = [plot.load_run(folder) for folder in seeds]
+    plot.name_settings(runs)
+    header, _, row = plot.summary_table(runs).splitlines()
+    cells = dict(zip((cell.strip() for cell in header.split("|")), (cell.strip() for cell in row.split("|"))))
+    finals = [float(progress(folder)[-1]["test_return"]) for folder in seeds]
+    low, high = plot.bootstrap_interval(np.array(finals))
+    assert cells["test return"] == f"{np.mean(finals):.1f} [{low:.1f}, {high:.1f}]"
+    assert cells["environment"] == "HalfCheetahVel" and cells["seeds"] == "3" and cells["steps"] == "1,000"
+    assert cells["test success"] == "" and cells["steps/s"].startswith("50 [")
+
+
+@pytest.mark.parametrize("damage, lost", [
+    ("no run", []), ("no rows", []), ("half a row", []), ("no meta_test.npz", ["adaptation", "online_adaptation"]),
+    ("half a refinement.npz", ["refinement"]),
+])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_damaged_is_left_out_and_the_rest_is_drawn(tmp_path, monkeypatch, capsys, damage, lost, alone):
+    monkeypatch.setitem(plot.plt.rcParams, "savefig.dpi", 30)
+    bad = fake_run(tmp_path / "bad", seed=9)
+    others = [] if alone else [fake_run(tmp_path / "good")]
+    if damage == "no run":
+        (bad / "args.json").unlink()
+    elif damage == "no rows":
+        (bad / "progress.csv").write_text("iteration,env_steps\n")
+    elif damage == "half a row":
+        text = (bad / "progress.csv").read_text()
+        (bad / "progress.csv").write_text(text[: len(text) - 60])
+    elif damage == "no meta_test.npz":
+        (bad / "meta_test.npz").unlink()
+    else:
+        content = (bad / "refinement.npz").read_bytes()
+        (bad / "refinement.npz").write_bytes(content[: len(content) // 2])
+    out = tmp_path / "figures"
+    code = plot.main([str(folder) for folder in (bad, *others)] + ["--out", str(out)])
+    said = capsys.readouterr()
+    assert "bad" in said.err and "Traceback" not in said.err
+    if alone and not lost:
+        assert code == 2 and not out.exists()
+        return
+    assert code == 1
+    for name in ("meta_training", "adaptation", "ood", "refinement", "working_memories", "online_adaptation"):
+        assert (out / f"{name}.png").exists() == (name not in lost or not alone), name
+        assert (f"{name}: left out" in said.out) == (name in lost and alone)
+
+
+def test_no_runs_at_all(tmp_path, capsys):
+    assert plot.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "figures")]) == 2
+    assert plot.main(["--out", str(tmp_path / "figures")]) == 2
+    assert "error" in capsys.readouterr().err and not (tmp_path / "figures").exists()
+
+
+def test_plot_needs_neither_torch_nor_trmrl():
+    code = "import plot, sys; assert not {'torch', 'trmrl', 'gymnasium'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
+def test_figures_of_real_runs(tmp_path):
+    """From the command line to the pictures: two short runs that differ in one flag."""
+    flags = ["--env", "PointMass", *TINY, "--total-timesteps", "160"]
+    folders = [run(tmp_path / "runs", *flags, "--layers", layers) for layers in ("1", "2")]
+    assert plot.main([*map(str, folders), "--out", str(tmp_path / "figures")]) == 0
+    assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
+        "meta_training", "adaptation", "ood", "refinement", "working_memories", "online_adaptation", "attention",
+        "ablation_layers"}
 
 
 # --- benchmarks ------------------------------------------------------------------------------------------------------
