@@ -64,9 +64,7 @@ class RunFailed(Exception):
     """A NaN in the simulator or the loss, or a simulator that died: the run cannot go on, exit code 1."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Arguments -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -433,9 +431,7 @@ ENVS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy and value heads (Alg. 1)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy and value heads (Alg. 1) 
 
 
 class TransformerLayer(nn.Module):
@@ -579,9 +575,7 @@ class Agent(nn.Module):
         return policy, self.value(memory)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Collecting a trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Collecting a trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task ---------------------------
 
 
 @dataclass
@@ -667,9 +661,7 @@ def episode_returns(trial: Trial, horizon: int) -> tuple[np.ndarray, np.ndarray]
     return rewards.cpu().numpy(), success.cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO over concatenated trials (Sec. 5.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- PPO over concatenated trials (Sec. 5.1) -------------------------------------------------------------------------
 
 
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -693,7 +685,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
                rng: np.random.Generator) -> dict[str, float]:
     """Up to update_epochs passes over the trials' valid steps, in minibatches that mix tasks; returns mean statistics.
 
-    Raises RunFailed if a loss is not finite, before the step that it would have spoilt.
+    Raises RunFailed if a loss or its gradient is not finite, before the step that it would have spoilt.
     """
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
@@ -716,11 +708,11 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
             # In units of the returns' variance, so that the shared memories serve both heads whatever the rewards' scale.
             value_loss = 0.5 * (value - returns[batch]).square().mean() / returns_variance
             loss = policy_loss + value_loss
-            if not torch.isfinite(loss):
-                raise RunFailed("the loss is not finite")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            if not torch.isfinite(loss + norm):
+                raise RunFailed("the loss or its gradient is not finite")
             optimizer.step()
             with torch.no_grad():
                 statistics.append(torch.stack([
@@ -735,9 +727,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
     return means
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Meta-testing with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Meta-testing with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) ----------
 
 
 def held_out_tasks(env, split: str, args: Args) -> np.ndarray:
@@ -828,9 +818,7 @@ def analyse_memories(agent: Agent, env, args: Args, run: Path) -> None:
     write_npz(run / "attention.npz", weights=torch.stack(attention).cpu().numpy())  # (L, N)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run: its folder, its checkpoints, and the outer loop
-# ---------------------------------------------------------------------------------------------------------------------
+# --- A run: its folder, its checkpoints, and the outer loop ----------------------------------------------------------
 
 COLUMNS = (
     "iteration", "env_steps", "wall_seconds", "train_return", "train_success", "test_return", "test_success",
@@ -1031,7 +1019,7 @@ def print_summary(args: Args, state: dict, rows: list[tuple[str, np.ndarray]]) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a run that diverged."""
+    """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         env = ENVS[args.env](args.seed)
@@ -1063,6 +1051,9 @@ def main(argv: list[str] | None = None) -> int:
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the run's checkpoint is whole: --resume goes on, --test repeats the meta-tests")
+        return 130
 
 
 if __name__ == "__main__":
