@@ -7,6 +7,7 @@ library, a direct sum, a perturbation.
 
 import csv
 import gc
+import inspect
 import json
 import math
 import pickle
@@ -27,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import plot
 import trmrl
 
+plot.plt.rcParams["savefig.dpi"] = 30  # nobody looks at these
 torch.set_num_threads(1)  # threads cost more than they bring on tensors this small
 HERE = Path(__file__).parent
 TINY = ["--num-tasks", "2", "--test-tasks", "3", "--test-episodes", "2", "--layers", "2", "--d-model", "8",
@@ -76,6 +78,11 @@ class Mortal(PointMass):
         terminated = np.abs(self.velocities) > 0.6
         self.dead |= terminated
         return observations, rewards, terminated, success
+
+
+def test_the_readme_shows_this_toy():
+    source = inspect.getsource(PointMass).replace(f'    """{PointMass.__doc__}"""\n\n', "")
+    assert source in (HERE / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -631,7 +638,7 @@ def test_learns_a_toy_task_distribution(tmp_path):
     """Within a minute the point mass reaches unseen hidden velocities, which it can only infer from its rewards."""
     started = time.monotonic()
     folder = run(tmp_path, "--env", "PointMass", "--d-model", "16", "--layers", "2", "--heads", "2", "--num-tasks", "40",
-                 "--total-timesteps", "120000", "--learning-rate", "1e-3", "--gamma", "0.9")
+                 "--total-timesteps", "80000", "--learning-rate", "2e-3", "--gamma", "0.9", "--update-epochs", "3")
     returns = [float(row["test_return"]) for row in progress(folder) if row["test_return"]]
     data = np.load(folder / "meta_test.npz")
     # The best policy that ignores the rewards stays at 0: E|v*| = 0.5 a step.
@@ -1082,8 +1089,7 @@ def test_summary_holds_final_results(seeds):
     ("half a refinement.npz", ["refinement"]),
 ])
 @pytest.mark.parametrize("alone", [True, False])
-def test_what_is_damaged_is_left_out_and_the_rest_is_drawn(tmp_path, monkeypatch, capsys, damage, lost, alone):
-    monkeypatch.setitem(plot.plt.rcParams, "savefig.dpi", 30)
+def test_what_is_damaged_is_left_out_and_the_rest_is_drawn(tmp_path, capsys, damage, lost, alone):
     bad = fake_run(tmp_path / "bad", seed=9)
     others = [] if alone else [fake_run(tmp_path / "good")]
     if damage == "no run":
