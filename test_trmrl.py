@@ -339,10 +339,11 @@ def test_windows_and_forward_follow_algorithm_1(memory_length):
             window = torch.stack([slot for slot in D if slot is not None])
             normalised = agent.normalise(window)
             normalised[-1, 1:] = 0  # (s_next, a_PAD, r_PAD, η_PAD)
-            memories = agent.phi(normalised) * 8**0.5 + agent.positions[-len(window) :]
+            memories = agent.phi(normalised) + agent.positions[-len(window) :]
             for layer in agent.layers:
                 memories = slow_layer(layer, memories)
-            assert agent.value(memories[-1]).item() == pytest.approx(trial.values[t, task].item(), abs=1e-5)
+            value = agent.value(memories[-1]) * agent.return_deviation + agent.return_mean
+            assert value.item() == pytest.approx(trial.values[t, task].item(), abs=1e-5)
             if t < len(trial.rewards):
                 policy = torch.distributions.Normal(agent.policy(memories[-1]), agent.log_std.exp())
                 action = trial.transitions[t, task, 1:2]
@@ -529,6 +530,7 @@ def test_the_update_is_ppos(monkeypatch):
     statistics = trmrl.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), trial, args,
                                   np.random.default_rng(0))
     advantages, returns = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)
+    copy.rescale_value(returns)
     mean, std = advantages.mean(), advantages.std(correction=0)
     policy_loss = value_loss = clipped = 0.0
     for t in range(40):
@@ -547,6 +549,17 @@ def test_the_update_is_ppos(monkeypatch):
     for ours, theirs in zip(agent.parameters(), copy.parameters()):
         expected = theirs - 0.1 * theirs.grad * min(1.0, 0.7 / norm)
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rescaling_the_value_head_changes_no_prediction():
+    agent = make_agent()
+    windows, filled = torch.randn(10, 4, 7), torch.ones(10, 4, dtype=torch.bool)
+    before = agent(windows, filled)[1]
+    for returns in (torch.randn(100) * 30 - 200, torch.full((100,), 5.0), torch.randn(100) * 3):
+        agent.rescale_value(returns)
+        torch.testing.assert_close(agent(windows, filled)[1], before, rtol=1e-3, atol=1e-3)
+    assert agent.return_mean.item() == pytest.approx(np.mean(returns.numpy()), abs=1e-5)
+    assert agent.return_deviation.item() == pytest.approx(np.std(returns.numpy()), rel=1e-3)
 
 
 def test_a_high_kl_ends_the_epochs():

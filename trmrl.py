@@ -517,6 +517,9 @@ class Agent(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(features, dtype=torch.float64))
+        # What the value head's 0 and 1 stand for.
+        self.register_buffer("return_mean", torch.zeros(()))
+        self.register_buffer("return_deviation", torch.ones(()))
 
         for linear in (module for module in self.layers.modules() if isinstance(module, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
@@ -545,11 +548,23 @@ class Agent(nn.Module):
         self.mean += difference * len(transitions) / total
         self.count.copy_(total)
 
+    @torch.no_grad()
+    def rescale_value(self, returns: torch.Tensor) -> None:
+        """Makes the mean and deviation of returns (n,) the value head's 0 and 1; what it predicts stays (van Hasselt 2016).
+
+        Without it the head first has to climb to the returns' size, and learning waits for it.
+        """
+        mean, deviation = returns.mean(), returns.std(correction=0) + 1e-4
+        self.value.weight *= self.return_deviation / deviation
+        self.value.bias.copy_((self.value.bias * self.return_deviation + self.return_mean - mean) / deviation)
+        self.return_mean.copy_(mean)
+        self.return_deviation.copy_(deviation)
+
     def working_memories(self, windows: torch.Tensor) -> torch.Tensor:
         """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
         x[:, -1, self.num_observations :] = 0  # Alg. 1: the current one is (s_next, a_PAD, r_PAD, η_PAD)
-        return self.phi(x) * math.sqrt(self.phi.out_features)  # × √d, as all embeddings in Vaswani et al., Sec. 3.4
+        return self.phi(x)
 
     def episodic_memories(self, windows: torch.Tensor, filled: torch.Tensor) -> list[torch.Tensor]:
         """The current step's memory after each layer (Eq. 6): e⁰, which is its working memory, to e^L, each (B, d).
@@ -572,7 +587,7 @@ class Agent(nn.Module):
         """The policy π(a | e^L_N) over (B, A) and the value (B,)."""
         memory = self.episodic_memories(windows, filled)[-1]
         policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)
-        return policy, self.value(memory)[:, 0]
+        return policy, self.value(memory)[:, 0] * self.return_deviation + self.return_mean
 
 
 # --- Collecting a trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task ---------------------------
@@ -691,7 +706,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
     t, task = trial.valid.nonzero(as_tuple=True)
     log_probs, values = trial.log_probs[t, task], trial.values[t, task]
     advantages, returns = advantages[t, task], returns[t, task]
-    returns_variance = returns.var(correction=0) + 1e-8
+    agent.rescale_value(returns)
     statistics = []
     for epoch in range(args.update_epochs):
         epoch_start = len(statistics)
@@ -705,8 +720,8 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
             advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
-            # In units of the returns' variance, so that the shared memories serve both heads whatever the rewards' scale.
-            value_loss = 0.5 * (value - returns[batch]).square().mean() / returns_variance
+            # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
+            value_loss = 0.5 * ((value - returns[batch]) / agent.return_deviation).square().mean()
             loss = policy_loss + value_loss
             optimizer.zero_grad()
             loss.backward()
@@ -723,7 +738,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     means = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    means["explained_variance"] = (1 - (returns - values).var(correction=0) / returns_variance).item()
+    means["explained_variance"] = (1 - (returns - values).var(correction=0) / agent.return_deviation**2).item()
     return means
 
 
