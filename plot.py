@@ -434,7 +434,11 @@ def draw_all(folders: list[Path], out: Path, pdf: bool) -> int:
     }
     groups = ablations(runs)
     figures |= {f"ablation_{flag}": draw_ablation(flag, members) for flag, members in groups.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --out {out}: takes a folder that can be written ({error.strerror})", file=sys.stderr)
+        return 2
     damaged = bool(problems)
     for name, draw in figures.items():
         problems = []

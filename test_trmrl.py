@@ -1134,6 +1134,9 @@ def test_no_runs_at_all(tmp_path, capsys):
     assert plot.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "figures")]) == 2
     assert plot.main(["--out", str(tmp_path / "figures")]) == 2
     assert "error" in capsys.readouterr().err and not (tmp_path / "figures").exists()
+    good = fake_run(tmp_path / "good")
+    assert plot.main([str(good), "--out", str(good / "args.json")]) == 2
+    assert "--out" in capsys.readouterr().err and json.loads((good / "args.json").read_text())
 
 
 def test_plot_needs_neither_torch_nor_trmrl():
