@@ -91,9 +91,9 @@ def toys(monkeypatch):
     monkeypatch.setitem(trmrl.ENVS, "Mortal", Mortal)
 
 
-def make_agent(S=3, A=2, memory_length=4, layers=2, heads=2, d_model=8, t_fixup=True, seed=0) -> trmrl.Agent:
-    torch.manual_seed(seed)
-    return trmrl.Agent(S, A, memory_length, layers, heads, d_model, t_fixup, init_std=0.5)
+def make_agent(S=3, A=2, memory_length=4, keep_memory=False, layers=2, heads=2, d_model=8, t_fixup=True) -> trmrl.TrMRL:
+    torch.manual_seed(0)
+    return trmrl.TrMRL(S, A, d_model, 0.5, memory_length, keep_memory, layers, heads, t_fixup)
 
 
 def trial_of(env, agent, tasks=3, episodes=2, explore=True, seed=0) -> trmrl.Trial:
@@ -368,6 +368,74 @@ def slow_layer(layer, memories):
     return torch.stack(refined)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_skips_what_follows_a_death_and_crosses_episodes_only_if_kept(keep):
+    """Windows of every step that counts, against a list that each task's transitions are appended to as they happen."""
+    agent = make_agent(S=1, A=1, keep_memory=keep, memory_length=6)
+    trial = trial_of(Mortal(1), agent, tasks=6, episodes=3)
+    assert not trial.valid.all()
+    crossed = 0
+    for task in range(6):
+        memory = []
+        for t in range(60):
+            if t % 20 == 0 and not keep:
+                memory = []
+            if not trial.valid[t, task]:
+                continue
+            expected = [past for past, _ in memory[-5:]] + [trial.transitions[t, task]]
+            crossed += any(episode < t // 20 for _, episode in memory[-5:])
+            windows, filled = trial.windows(torch.tensor([t]), torch.tensor([task]), 6, keep)
+            assert filled[0].tolist() == [False] * (6 - len(expected)) + [True] * len(expected)
+            assert torch.equal(windows[0, -len(expected) :], torch.stack(expected))
+            with torch.no_grad():
+                assert agent(trial, torch.tensor([t]), torch.tensor([task]))[1].item() == pytest.approx(
+                    trial.values[t, task].item(), abs=1e-5)
+            memory.append((trial.transitions[t, task], t // 20))
+    assert bool(crossed) == keep
+
+
+def test_the_grus_training_pass_is_its_acting_and_torchs_own_gru():
+    """RL²: log-probabilities of whole trials at once equal those of acting, and torch.nn.GRU on what was not cut off."""
+    torch.manual_seed(0)
+    agent = trmrl.RL2(1, 1, 8, 0.5)
+    reference = torch.nn.GRU(8, 8)
+    reference.load_state_dict({f"{name}_l0": tensor for name, tensor in agent.gru.state_dict().items()})
+    trial = trial_of(Mortal(1), agent, tasks=6)
+    assert not trial.valid.all()
+    t, task = trial.valid.nonzero(as_tuple=True)
+    policy, values = agent(trial, t, task)
+    log_probs = policy.log_prob(trial.transitions[t, task, 1:2]).sum(1)
+    torch.testing.assert_close(log_probs, trial.log_probs[t, task], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values, trial.values[t, task], rtol=1e-4, atol=1e-5)
+    for one in range(6):
+        steps = trial.valid[:, one].nonzero()[:, 0]
+        seen = agent.phi(agent.normalise(trial.transitions[steps, one]))
+        for number, step in enumerate(steps):
+            current = agent.normalise(trial.transitions[step, one])
+            current[1:] = 0  # (s, PAD, PAD, PAD)
+            memory = reference(torch.cat([seen[:number], agent.phi(current)[None]]))[0][-1]
+            assert agent.value(memory).item() == pytest.approx(trial.values[step, one].item(), abs=1e-5)
+
+    # Back-propagation reaches through the whole trial: the first transition still counts in the second episode.
+    trial.transitions.requires_grad_()
+    last = int(steps[-1])
+    agent(trial, torch.arange(last + 1), torch.full((last + 1,), 5))[1][-1].backward()
+    assert trial.transitions.grad[0, 5].abs().sum() > 0 and trial.transitions.grad[:, :5].abs().sum() == 0
+
+
+@pytest.mark.parametrize("whole_trials", [True, False])
+def test_minibatches_hold_every_step_that_counts_once(whole_trials):
+    trial = trial_of(Mortal(1), make_agent(S=1, A=1), tasks=6)
+    batches = list(trmrl.minibatches(trial, 80, whole_trials, np.random.default_rng(0)))
+    pairs = [(int(t), int(task)) for batch in batches for t, task in zip(*batch)]
+    assert sorted(pairs) == sorted((t, task) for t in range(40) for task in range(6) if trial.valid[t, task])
+    tasks = [set(task.tolist()) for _, task in batches]
+    if whole_trials:
+        assert [len(some) for some in tasks] == [2, 2, 2] and len(set.union(*tasks)) == 6
+    else:
+        assert all(len(t) == 80 for t, _ in batches[:-1]) and len(tasks[0]) == 6
+
+
 def test_storage_does_not_grow_with_the_memory_length():
     def stored(memory_length):
         trial = trial_of(PointMass(1), make_agent(S=1, A=1, memory_length=memory_length))
@@ -381,12 +449,12 @@ def test_pad_slots_and_the_future_are_never_attended_to():
     agent = make_agent(memory_length=5)
     windows = torch.randn(1, 5, 7)
     filled = torch.tensor([[False, False, True, True, True]])
-    reference = agent.episodic_memories(windows, filled)[-1]
+    reference = agent.refine(windows, filled)[-1]
     for slot in range(5):
         for features, matters in ((slice(0, 3), slot >= 2), (slice(3, 7), slot in (2, 3))):
             changed = windows.clone()
             changed[0, slot, features] += 1
-            same = torch.equal(agent.episodic_memories(changed, filled)[-1], reference)
+            same = torch.equal(agent.refine(changed, filled)[-1], reference)
             assert same != matters, (slot, features)
 
 
@@ -425,7 +493,7 @@ def test_the_layer_norm_arm_is_torchs_transformer_encoder():
         attends = filled[:, None, :] | torch.eye(6, dtype=torch.bool)
         forbidden = ~(agent.causal & attends).repeat_interleave(4, 0)
         expected = encoder(memories, mask=forbidden)[:, -1]
-        torch.testing.assert_close(agent.episodic_memories(windows, filled)[-1], expected)
+        torch.testing.assert_close(agent.refine(windows, filled)[-1], expected)
 
 
 def test_initial_scales():
@@ -535,7 +603,7 @@ def test_the_update_is_ppos(monkeypatch):
     policy_loss = value_loss = clipped = 0.0
     for t in range(40):
         for task in range(3):
-            policy, value = copy(*trial.windows(torch.tensor([t]), torch.tensor([task]), 4))
+            policy, value = copy(trial, torch.tensor([t]), torch.tensor([task]))
             ratio = (policy.log_prob(trial.transitions[t, task, 1:2]).sum() - trial.log_probs[t, task]).exp()
             advantage = (advantages[t, task] - mean) / std
             policy_loss -= min(ratio * advantage, max(min(ratio, 1.2), 0.8) * advantage) / 120
@@ -552,12 +620,13 @@ def test_the_update_is_ppos(monkeypatch):
 
 
 def test_rescaling_the_value_head_changes_no_prediction():
-    agent = make_agent()
-    windows, filled = torch.randn(10, 4, 7), torch.ones(10, 4, dtype=torch.bool)
-    before = agent(windows, filled)[1]
+    agent = make_agent(S=1, A=1)
+    trial = trial_of(PointMass(1), agent)
+    at = torch.arange(30), torch.arange(30) % 3
+    before = agent(trial, *at)[1]
     for returns in (torch.randn(100) * 30 - 200, torch.full((100,), 5.0), torch.randn(100) * 3):
         agent.rescale_value(returns)
-        torch.testing.assert_close(agent(windows, filled)[1], before, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(agent(trial, *at)[1], before, rtol=1e-3, atol=1e-3)
     assert agent.return_mean.item() == pytest.approx(np.mean(returns.numpy()), abs=1e-5)
     assert agent.return_deviation.item() == pytest.approx(np.std(returns.numpy()), rel=1e-3)
 
@@ -618,8 +687,8 @@ def test_refinement_against_scalar_loops(tmp_path):
         steps = [(t, task) for task in range(6) for t in range(40)]
         layers = [[], [], [], []]
         for t, task in steps:
-            window = trial.windows(torch.tensor([t]), torch.tensor([task]), 4)
-            for layer, memory in zip(layers, agent.episodic_memories(*window)):
+            at = torch.tensor([t]), torch.tensor([task])
+            for layer, memory in zip(layers, agent.episodic_memories(trial, *at)):
                 layer.append(memory[0].double().numpy())
     actions = np.array([trial.transitions[t, task, 1].item() for t, task in steps])
     train = np.array([task < 4 for _, task in steps])
@@ -797,6 +866,7 @@ def test_every_environment_trains_resumes_and_meta_tests(tmp_path, monkeypatch):
     (["--learning-rate", "nan"], ["--learning-rate nan"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--target-kl", "0"], ["--target-kl 0"]),
+    (["--memory", "gru", "--keep-memory"], ["--keep-memory", "--memory transformer"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--runs-dir", "/dev/null"], ["--runs-dir /dev/null"]),
     (["--resume", "nowhere"], ["--resume nowhere"]),

@@ -13,7 +13,8 @@ App. B     tasks and environments          HalfCheetahVel, ENVS
 Sec. 4.1   working memory φ, e⁰            Agent.working_memories
 Eq. 1      multi-head self-attention       TransformerLayer
 Sec. 3.3   T-Fixup                         t_fixup_
-Eq. 6      episodic memories e¹ … e^L      Agent.episodic_memories
+Eq. 6      episodic memories e¹ … e^L      TrMRL.refine
+Sec. 5     the closest baseline, RL²       RL2
 Sec. 5.1   memory write logic              Trial.windows
 Alg. 1     acting                          collect_trial
 Sec. 5.1   PPO on E concatenated episodes  advantages_and_returns, ppo_update
@@ -34,11 +35,13 @@ import pickle
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import gymnasium
 import metaworld
@@ -79,6 +82,10 @@ class Args:
     """tasks a batch; each contributes one trial an iteration (Sec. 5.1)"""
     episodes_per_trial: int = 2
     """E, the episodes of one task that are concatenated to a trial (Sec. 5.1)"""
+    memory: Literal["transformer", "gru"] = "transformer"
+    """what the memories go through: TrMRL's transformer, or the GRU of its closest baseline, RL² (Duan et al. 2016)"""
+    keep_memory: bool = False
+    """the transformer's working memory survives an episode's end within a trial, as the GRU's state always does"""
     memory_length: int = 5
     """N, the working memories that the transformer sees, the current one included (Sec. 4.1)"""
     layers: int = 4
@@ -158,6 +165,8 @@ def check(args: Args) -> None:
         raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
+    if args.keep_memory and args.memory == "gru":
+        raise UserError("--keep-memory: takes --memory transformer; a GRU's state always survives the episode's end")
     if args.target_kl is not None and not args.target_kl > 0:
         raise UserError(f"--target-kl {args.target_kl}: takes a positive number or None")
     try:
@@ -495,24 +504,21 @@ def sinusoidal_positions(length: int, d_model: int) -> torch.Tensor:
 
 
 class Agent(nn.Module):
-    """TrMRL's network: a window of transitions in, a Gaussian policy and a value out.
+    """What TrMRL and RL² share: φ in front of the memory; a Gaussian policy and a value behind it.
 
     Args: S observations, A actions, and the fields of Args of the same names.
     """
 
-    def __init__(self, num_observations: int, num_actions: int, memory_length: int, layers: int, heads: int,
-                 d_model: int, t_fixup: bool, init_std: float):
+    state_size: int  # of what acting carries from step to step, if anything; training then takes whole trials
+
+    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float):
         super().__init__()
         features = num_observations + num_actions + 2  # (s, a, r, η)
         self.num_observations = num_observations
-        self.memory_length = memory_length
         self.phi = nn.Linear(features, d_model)
-        self.layers = nn.ModuleList(TransformerLayer(d_model, heads, layer_norm=not t_fixup) for _ in range(layers))
         self.policy = nn.Linear(d_model, num_actions)
         self.log_std = nn.Parameter(torch.full((num_actions,), math.log(init_std)))
         self.value = nn.Linear(d_model, 1)
-        self.register_buffer("positions", sinusoidal_positions(memory_length, d_model), persistent=False)
-        self.register_buffer("causal", torch.ones(memory_length, memory_length, dtype=torch.bool).tril(), False)
         # Running mean and variance of each feature. In double precision: they sum over millions of steps.
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
@@ -521,12 +527,7 @@ class Agent(nn.Module):
         self.register_buffer("return_mean", torch.zeros(()))
         self.register_buffer("return_deviation", torch.ones(()))
 
-        for linear in (module for module in self.layers.modules() if isinstance(module, nn.Linear)):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.phi.bias)
-        if t_fixup:
-            t_fixup_(self.phi, self.layers)
         nn.init.orthogonal_(self.policy.weight, 0.01)  # start by exploring around zero
         nn.init.zeros_(self.policy.bias)
         nn.init.orthogonal_(self.value.weight, 1.0)
@@ -566,10 +567,42 @@ class Agent(nn.Module):
         x[:, -1, self.num_observations :] = 0  # Alg. 1: the current one is (s_next, a_PAD, r_PAD, η_PAD)
         return self.phi(x)
 
-    def episodic_memories(self, windows: torch.Tensor, filled: torch.Tensor) -> list[torch.Tensor]:
-        """The current step's memory after each layer (Eq. 6): e⁰, which is its working memory, to e^L, each (B, d).
+    def episodic_memories(self, trial: "Trial", t: torch.Tensor, task: torch.Tensor) -> list[torch.Tensor]:
+        """The memory of each task (B,) at its step t (B,): e⁰, its working memory, and what becomes of it, each (B, d)."""
+        raise NotImplementedError
 
-        filled (B, N) is False at PAD slots, which no filled slot attends to.
+    def forward(self, trial: "Trial", t: torch.Tensor, task: torch.Tensor) -> tuple[Normal, torch.Tensor]:
+        """The policy π(a | e^L) over (B, A) and the value (B,) at steps t (B,) of tasks (B,)."""
+        memory = self.episodic_memories(trial, t, task)[-1]
+        policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)
+        return policy, self.value(memory)[:, 0] * self.return_deviation + self.return_mean
+
+
+class TrMRL(Agent):
+    """The paper's agent: a transformer over the last N transitions. Args as above."""
+
+    state_size = 0
+
+    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float, memory_length: int,
+                 keep_memory: bool, layers: int, heads: int, t_fixup: bool):
+        super().__init__(num_observations, num_actions, d_model, init_std)
+        self.memory_length, self.keep_memory = memory_length, keep_memory
+        self.layers = nn.ModuleList(TransformerLayer(d_model, heads, layer_norm=not t_fixup) for _ in range(layers))
+        self.register_buffer("positions", sinusoidal_positions(memory_length, d_model), persistent=False)
+        self.register_buffer("causal", torch.ones(memory_length, memory_length, dtype=torch.bool).tril(), False)
+        for linear in (module for module in self.layers.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if t_fixup:
+            t_fixup_(self.phi, self.layers)
+
+    def episodic_memories(self, trial: "Trial", t: torch.Tensor, task: torch.Tensor) -> list[torch.Tensor]:
+        return self.refine(*trial.windows(t, task, self.memory_length, self.keep_memory))
+
+    def refine(self, windows: torch.Tensor, filled: torch.Tensor) -> list[torch.Tensor]:
+        """The current step's memory after each layer (Eq. 6): e⁰ to e^L, each (B, d).
+
+        filled (B, N) is False at PAD slots of windows (B, N, S + A + 2); no filled slot attends to them.
         """
         memories = self.working_memories(windows) + self.positions  # (B, N, d)
         # A PAD slot sees itself alone, since a softmax needs something to sum over; nothing reads what it makes of it.
@@ -583,11 +616,47 @@ class Agent(nn.Module):
         last = self.layers[-1](memories[:, -1:], memories, mask[:, :, -1:])
         return current + [last[:, 0]]
 
-    def forward(self, windows: torch.Tensor, filled: torch.Tensor) -> tuple[Normal, torch.Tensor]:
-        """The policy π(a | e^L_N) over (B, A) and the value (B,)."""
-        memory = self.episodic_memories(windows, filled)[-1]
-        policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)
-        return policy, self.value(memory)[:, 0] * self.return_deviation + self.return_mean
+
+class RL2(Agent):
+    """RL² (Duan et al. 2016): a GRU in the transformer's place, its state carried through all episodes of a trial.
+
+    h_t = GRU(φ(s, a, r, η of step t - 1), h_{t-1}), and the memory at step t is GRU(φ(s_t, PAD, PAD, PAD), h_t).
+    """
+
+    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float):
+        super().__init__(num_observations, num_actions, d_model, init_std)
+        self.state_size = d_model
+        self.gru = nn.GRUCell(d_model, d_model)
+
+    def episodic_memories(self, trial: "Trial", t: torch.Tensor, task: torch.Tensor) -> list[torch.Tensor]:
+        tasks, column = task.unique(return_inverse=True)
+        first, last = int(t.min()), int(t.max())
+        # Acting goes on from the state that it has left in the trial; training runs through the trial from its start.
+        if first == 0:
+            state = self.policy.weight.new_zeros(len(tasks), self.state_size)
+        else:
+            state = trial.states[first - 1, tasks]
+        states = []
+        for step in range(first, last + 1):
+            if step > 0:
+                seen = self.phi(self.normalise(trial.transitions[step - 1, tasks]))
+                state = torch.where(trial.valid[step - 1, tasks][:, None], self.gru(seen, state), state)
+            states.append(state)
+        states = torch.stack(states)
+        if not torch.is_grad_enabled():
+            trial.states[first : last + 1, tasks] = states
+        current = self.working_memories(trial.transitions[t, task][:, None])[:, 0]
+        return [current, self.gru(current, states[t - first, column])]
+
+
+def make_agent(env, args: Args) -> Agent:
+    torch.manual_seed(args.seed)  # for the initial weights; all else draws from random_stream
+    shared = (env.num_observations, env.num_actions, args.d_model, args.init_std)
+    if args.memory == "gru":
+        agent = RL2(*shared)
+    else:
+        agent = TrMRL(*shared, args.memory_length, args.keep_memory, args.layers, args.heads, args.t_fixup)
+    return agent.to(args.device)
 
 
 # --- Collecting a trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task ---------------------------
@@ -598,21 +667,45 @@ class Trial:
     """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. Every transition is stored once."""
 
     transitions: torch.Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last row holds the observation after the trial
-    memory_start: torch.Tensor  # (T + 1,) the first step that the memory may hold: the episode's
     log_probs: torch.Tensor  # (T, n) of the actions taken
     values: torch.Tensor  # (T + 1, n)
     rewards: torch.Tensor  # (T, n)
     valid: torch.Tensor  # (T, n) False from an early termination to the end of its episode
     success: torch.Tensor  # (T, n)
+    written: torch.Tensor  # (T + 1, n) the valid steps in order, then the current one: what memory is read from
+    count: torch.Tensor  # (T + 1, n) the valid steps before each step
+    episode_count: torch.Tensor  # (T + 1, n) the same, before the step's episode
+    states: torch.Tensor  # (T + 1, n, d) RL²'s, before each step; TrMRL carries none, (T + 1, n, 0)
 
-    def windows(self, t: torch.Tensor, task: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def empty(steps: int, n: int, features: int, state_size: int, device: torch.device) -> "Trial":
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return Trial(
+            transitions=zeros(steps + 1, n, features),
+            log_probs=zeros(steps, n),
+            values=zeros(steps + 1, n),
+            rewards=zeros(steps, n),
+            valid=zeros(steps, n, dtype=torch.bool),
+            success=zeros(steps, n, dtype=torch.bool),
+            written=zeros(steps + 1, n, dtype=torch.long),
+            count=zeros(steps + 1, n, dtype=torch.long),
+            episode_count=zeros(steps + 1, n, dtype=torch.long),
+            states=zeros(steps + 1, n, state_size),
+        )
+
+    def windows(self, t: torch.Tensor, task: torch.Tensor, length: int,
+                keep: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """What the memory of a task holds at step t: its N - 1 most recent transitions and the current one (Alg. 1).
 
-        t (B,), task (B,), length N; returns windows (B, N, S + A + 2) and filled (B, N), False at the PADs in front.
+        t (B,), task (B,), length N; keep: also of earlier episodes of the trial. Sec. 5.1: an episode starts empty.
+        Returns windows (B, N, S + A + 2) and filled (B, N), False at the PADs in front.
         """
-        steps = t[:, None] + torch.arange(1 - length, 1, device=t.device)  # (B, N)
-        filled = steps >= self.memory_start[t][:, None]
-        return self.transitions[steps.clamp(min=0), task[:, None]], filled
+        slots = self.count[t, task][:, None] + torch.arange(1 - length, 1, device=t.device)  # (B, N)
+        filled = slots >= (0 if keep else self.episode_count[t, task][:, None])
+        steps = self.written[slots.clamp(min=0), task[:, None]]
+        return self.transitions[steps, task[:, None]], filled
 
 
 def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.random.Generator, explore: bool) -> Trial:
@@ -622,28 +715,20 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
     """
     n, horizon, S, A = len(tasks), env.horizon, env.num_observations, env.num_actions
     steps = episodes * horizon
-    device = agent.positions.device
-    memory_start = torch.arange(steps + 1, device=device) // horizon * horizon  # Sec. 5.1: an episode starts empty
-    memory_start[steps] -= horizon  # what follows the trial belongs to its last episode
-    trial = Trial(
-        transitions=torch.zeros(steps + 1, n, S + A + 2, device=device),
-        memory_start=memory_start,
-        log_probs=torch.zeros(steps, n, device=device),
-        values=torch.zeros(steps + 1, n, device=device),
-        rewards=torch.zeros(steps, n, device=device),
-        valid=torch.zeros(steps, n, dtype=torch.bool, device=device),
-        success=torch.zeros(steps, n, dtype=torch.bool, device=device),
-    )
+    device = agent.log_std.device
+    trial = Trial.empty(steps, n, S + A + 2, agent.state_size, device)
     all_tasks = torch.arange(n, device=device)
 
     def policy_at(t: int) -> tuple[Normal, torch.Tensor]:
         with torch.inference_mode():
-            return agent(*trial.windows(torch.full((n,), t, device=device), all_tasks, agent.memory_length))
+            return agent(trial, torch.full((n,), t, device=device), all_tasks)
 
     for t in range(steps):
         if t % horizon == 0:
             observations = env.reset(tasks, rng)
             alive = np.ones(n, dtype=bool)
+            trial.episode_count[t : t + horizon + 1] = trial.count[t]
+        trial.written[trial.count[t], all_tasks] = t
         trial.transitions[t, :, :S] = torch.from_numpy(observations)
         policy, trial.values[t] = policy_at(t)
         actions = policy.mean
@@ -660,9 +745,11 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
         trial.transitions[t, :, S + A + 1] = torch.from_numpy(terminated | ((t + 1) % horizon == 0))  # η
         trial.rewards[t] = torch.from_numpy(rewards)
         trial.valid[t] = torch.from_numpy(alive)
+        trial.count[t + 1] = trial.count[t] + trial.valid[t]
         trial.success[t] = torch.from_numpy(success & alive)
         alive = alive & ~terminated
         observations = np.where(alive[:, None], observations, 0.0)
+    trial.written[trial.count[steps], all_tasks] = steps
     trial.transitions[steps, :, :S] = torch.from_numpy(observations)
     # The trial's end is a truncation: what would follow is worth V. After a termination nothing would follow.
     trial.values[steps] = policy_at(steps)[1] * torch.from_numpy(alive).to(device)
@@ -696,32 +783,45 @@ def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tup
     return advantages, advantages + trial.values[:-1]
 
 
+def minibatches(trial: Trial, size: int, whole_trials: bool,
+                rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The valid steps, each once, as pairs t (B,), task (B,) with B near size: drawn from all tasks, or whole trials."""
+    t, task = trial.valid.nonzero(as_tuple=True)
+    if whole_trials:
+        steps, n = trial.valid.shape
+        for tasks in torch.from_numpy(rng.permutation(n)).to(t.device).split(max(1, size // steps)):
+            chosen = torch.isin(task, tasks)
+            yield t[chosen], task[chosen]
+    else:
+        for chosen in torch.from_numpy(rng.permutation(len(t))).to(t.device).split(size):
+            yield t[chosen], task[chosen]
+
+
 def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, args: Args,
                rng: np.random.Generator) -> dict[str, float]:
-    """Up to update_epochs passes over the trials' valid steps, in minibatches that mix tasks; returns mean statistics.
+    """Up to update_epochs passes over the trials' valid steps, in minibatches; returns mean statistics.
 
-    Raises RunFailed if a loss or its gradient is not finite, before the step that it would have spoilt.
+    Raises RunFailed if returns, a loss or its gradient are not finite, before the step that they would have spoilt.
     """
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
-    t, task = trial.valid.nonzero(as_tuple=True)
-    log_probs, values = trial.log_probs[t, task], trial.values[t, task]
-    advantages, returns = advantages[t, task], returns[t, task]
-    agent.rescale_value(returns)
+    if not returns.isfinite().all():
+        raise RunFailed("the returns are not finite")
+    agent.rescale_value(returns[trial.valid])
+    S, A = agent.num_observations, len(agent.log_std)
     statistics = []
     for epoch in range(args.update_epochs):
         epoch_start = len(statistics)
-        for batch in torch.from_numpy(rng.permutation(len(t))).to(t.device).split(args.minibatch_size):
-            policy, value = agent(*trial.windows(t[batch], task[batch], agent.memory_length))
-            S, A = agent.num_observations, agent.log_std.shape[0]
-            actions = trial.transitions[t[batch], task[batch], S : S + A]
-            log_ratio = policy.log_prob(actions).sum(1) - log_probs[batch]
+        for t, task in minibatches(trial, args.minibatch_size, agent.state_size > 0, rng):
+            policy, value = agent(trial, t, task)
+            actions = trial.transitions[t, task, S : S + A]
+            log_ratio = policy.log_prob(actions).sum(1) - trial.log_probs[t, task]
             ratio = log_ratio.exp()
-            advantage = advantages[batch]
+            advantage = advantages[t, task]
             advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
             # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
-            value_loss = 0.5 * ((value - returns[batch]) / agent.return_deviation).square().mean()
+            value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().mean()
             loss = policy_loss + value_loss
             optimizer.zero_grad()
             loss.backward()
@@ -738,7 +838,8 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     means = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    means["explained_variance"] = (1 - (returns - values).var(correction=0) / agent.return_deviation**2).item()
+    unexplained = advantages[trial.valid].var(correction=0)  # an advantage is a return less its value
+    means["explained_variance"] = (1 - unexplained / agent.return_deviation**2).item()
     return means
 
 
@@ -805,11 +906,11 @@ def analyse_memories(agent: Agent, env, args: Args, run: Path) -> None:
     def keep_attention(layer, inputs, output):
         attention.append(layer.attention(*inputs)[:, :, -1].mean(1))  # (B, N): of the current memory, over heads
 
-    hooks = [layer.register_forward_hook(keep_attention) for layer in agent.layers]
+    hooks = [layer.register_forward_hook(keep_attention) for layer in agent.modules()
+             if isinstance(layer, TransformerLayer)]
     with torch.inference_mode():
         for batch in torch.arange(len(t), device=t.device).split(4096):
-            windows = trial.windows(t[batch], task[batch], agent.memory_length)
-            memories.append(torch.stack(agent.episodic_memories(*windows)))
+            memories.append(torch.stack(agent.episodic_memories(trial, t[batch], task[batch])))
         memories = torch.cat(memories, dim=1)  # (L + 1, steps, d)
         representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
         experts = agent.policy(memories[-1]).double().cpu().numpy()  # (steps, A)
@@ -830,7 +931,8 @@ def analyse_memories(agent: Agent, env, args: Args, run: Path) -> None:
     write_npz(run / "refinement.npz", representation_error=representation_error.cpu().numpy(),
               regression_mse=np.array(regression_mse))
     write_npz(run / "working_memories.npz", embedding=embedding.cpu().numpy(), task=labels)
-    write_npz(run / "attention.npz", weights=torch.stack(attention).cpu().numpy())  # (L, N)
+    if attention:
+        write_npz(run / "attention.npz", weights=torch.stack(attention).cpu().numpy())  # (L, N)
 
 
 # --- A run: its folder, its checkpoints, and the outer loop ----------------------------------------------------------
@@ -1038,9 +1140,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         env = ENVS[args.env](args.seed)
-        torch.manual_seed(args.seed)  # for the initial weights; all else draws from random_stream
-        agent = Agent(env.num_observations, env.num_actions, args.memory_length, args.layers, args.heads, args.d_model,
-                      args.t_fixup, args.init_std).to(args.device)
+        agent = make_agent(env, args)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         run = args.resume or args.test
         if run:
