@@ -426,14 +426,15 @@ def test_the_grus_training_pass_is_its_acting_and_torchs_own_gru():
 @pytest.mark.parametrize("whole_trials", [True, False])
 def test_minibatches_hold_every_step_that_counts_once(whole_trials):
     trial = trial_of(Mortal(1), make_agent(S=1, A=1), tasks=6)
-    batches = list(trmrl.minibatches(trial, 80, whole_trials, np.random.default_rng(0)))
+    batches = list(trmrl.minibatches(trial, 3, whole_trials, np.random.default_rng(0)))
     pairs = [(int(t), int(task)) for batch in batches for t, task in zip(*batch)]
     assert sorted(pairs) == sorted((t, task) for t in range(40) for task in range(6) if trial.valid[t, task])
     tasks = [set(task.tolist()) for _, task in batches]
     if whole_trials:
         assert [len(some) for some in tasks] == [2, 2, 2] and len(set.union(*tasks)) == 6
     else:
-        assert all(len(t) == 80 for t, _ in batches[:-1]) and len(tasks[0]) == 6
+        assert max(len(t) for t, _ in batches) - min(len(t) for t, _ in batches) <= 1
+        assert all(len(some) > 2 for some in tasks)
 
 
 def test_storage_does_not_grow_with_the_memory_length():
@@ -598,7 +599,7 @@ def test_the_update_is_ppos(monkeypatch):
     statistics = trmrl.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), trial, args,
                                   np.random.default_rng(0))
     advantages, returns = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)
-    copy.rescale_value(returns)
+    copy.rescale_value(returns.mean(), returns.std(correction=0) + 1e-4)
     mean, std = advantages.mean(), advantages.std(correction=0)
     policy_loss = value_loss = clipped = 0.0
     for t in range(40):
@@ -625,7 +626,7 @@ def test_rescaling_the_value_head_changes_no_prediction():
     at = torch.arange(30), torch.arange(30) % 3
     before = agent(trial, *at)[1]
     for returns in (torch.randn(100) * 30 - 200, torch.full((100,), 5.0), torch.randn(100) * 3):
-        agent.rescale_value(returns)
+        agent.rescale_value(returns.mean(), returns.std(correction=0) + 1e-4)
         torch.testing.assert_close(agent(trial, *at)[1], before, rtol=1e-3, atol=1e-3)
     assert agent.return_mean.item() == pytest.approx(np.mean(returns.numpy()), abs=1e-5)
     assert agent.return_deviation.item() == pytest.approx(np.std(returns.numpy()), rel=1e-3)

@@ -25,6 +25,7 @@ Fig. 7, 8  refinement, latents             analyse_memories
 import argparse
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import json
@@ -50,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import nn
+from torch import distributed, nn
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -126,8 +127,8 @@ class Args:
     """episodes a task in the meta-test (Fig. 5); the refinement analysis takes half of them"""
     runs_dir: Path = Path("runs")
     """where the run's folder is made"""
-    device: str = "cpu"
-    """where the network lives, as torch names it"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where the network is trained, as torch names it; it acts on the CPU, where small batches are quick"""
     resume: Path | None = None
     """a run's folder: go on from its checkpoint; flags given beside it replace the run's own"""
     test: Path | None = None
@@ -175,10 +176,49 @@ def check(args: Args) -> None:
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
 
 
-def random_stream(seed: int, purpose: str, iteration: int = 0) -> np.random.Generator:
+def random_stream(seed: int, purpose: str, iteration: int = 0, process: int = 0) -> np.random.Generator:
     """Random numbers that depend on nothing but the arguments, so that a resumed run draws what an unbroken one would."""
-    purposes = ("train", "test tasks", "ood tasks", "evaluation", "meta-test", "refinement")
-    return np.random.default_rng([seed, purposes.index(purpose), iteration])
+    purposes = ("train tasks", "train", "test tasks", "ood tasks", "evaluation", "meta-test", "refinement")
+    return np.random.default_rng([seed, purposes.index(purpose), iteration, process])
+
+
+# --- Processes: alone, or one of several that torchrun has started ---------------------------------------------------
+
+
+def join_processes(args: Args) -> None:
+    """Under torchrun, makes the functions below speak for all processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    processes = int(os.environ["WORLD_SIZE"])
+    if args.num_tasks % processes:
+        raise UserError(f"--num-tasks {args.num_tasks}: takes a multiple of the {processes} processes")
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def process_number() -> tuple[int, int]:
+    """This process's number, 0 leading, and how many there are."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """x, replaced by its sum over all processes. Raises RunFailed if one of them is gone."""
+    if distributed.is_initialized():
+        try:
+            distributed.all_reduce(x)
+        except RuntimeError as error:
+            raise RunFailed("another process of torchrun's has ended") from error
+    return x
+
+
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Length, mean and variance along the first axis of all processes' x together."""
+    count = summed(torch.tensor(float(len(x)), device=x.device))
+    mean = summed(x.sum(0)) / count
+    return count, mean, summed((x - mean).square().sum(0)) / count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,21 +581,20 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_statistics(self, transitions: torch.Tensor) -> None:
         """Takes transitions (n, S + A + 2) into the running mean and variance (Chan et al. 1979)."""
-        variance, mean = torch.var_mean(transitions.double(), dim=0, correction=0)
-        total = self.count + len(transitions)
+        count, mean, variance = moments(transitions.double())
+        total = self.count + count
         difference = mean - self.mean
-        spread = self.variance * self.count + variance * len(transitions)
-        self.variance.copy_((spread + difference**2 * self.count * len(transitions) / total) / total)
-        self.mean += difference * len(transitions) / total
+        spread = self.variance * self.count + variance * count
+        self.variance.copy_((spread + difference**2 * self.count * count / total) / total)
+        self.mean += difference * count / total
         self.count.copy_(total)
 
     @torch.no_grad()
-    def rescale_value(self, returns: torch.Tensor) -> None:
-        """Makes the mean and deviation of returns (n,) the value head's 0 and 1; what it predicts stays (van Hasselt 2016).
+    def rescale_value(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Makes mean and deviation of the returns the value head's 0 and 1; what it predicts stays (van Hasselt 2016).
 
         Without it the head first has to climb to the returns' size, and learning waits for it.
         """
-        mean, deviation = returns.mean(), returns.std(correction=0) + 1e-4
         self.value.weight *= self.return_deviation / deviation
         self.value.bias.copy_((self.value.bias * self.return_deviation + self.return_mean - mean) / deviation)
         self.return_mean.copy_(mean)
@@ -678,22 +717,22 @@ class Trial:
     states: torch.Tensor  # (T + 1, n, d) RL²'s, before each step; TrMRL carries none, (T + 1, n, 0)
 
     @staticmethod
-    def empty(steps: int, n: int, features: int, state_size: int, device: torch.device) -> "Trial":
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+    def empty(steps: int, n: int, features: int, state_size: int) -> "Trial":
         return Trial(
-            transitions=zeros(steps + 1, n, features),
-            log_probs=zeros(steps, n),
-            values=zeros(steps + 1, n),
-            rewards=zeros(steps, n),
-            valid=zeros(steps, n, dtype=torch.bool),
-            success=zeros(steps, n, dtype=torch.bool),
-            written=zeros(steps + 1, n, dtype=torch.long),
-            count=zeros(steps + 1, n, dtype=torch.long),
-            episode_count=zeros(steps + 1, n, dtype=torch.long),
-            states=zeros(steps + 1, n, state_size),
+            transitions=torch.zeros(steps + 1, n, features),
+            log_probs=torch.zeros(steps, n),
+            values=torch.zeros(steps + 1, n),
+            rewards=torch.zeros(steps, n),
+            valid=torch.zeros(steps, n, dtype=torch.bool),
+            success=torch.zeros(steps, n, dtype=torch.bool),
+            written=torch.zeros(steps + 1, n, dtype=torch.long),
+            count=torch.zeros(steps + 1, n, dtype=torch.long),
+            episode_count=torch.zeros(steps + 1, n, dtype=torch.long),
+            states=torch.zeros(steps + 1, n, state_size),
         )
+
+    def to(self, device: str) -> "Trial":
+        return Trial(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def windows(self, t: torch.Tensor, task: torch.Tensor, length: int,
                 keep: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -715,13 +754,12 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
     """
     n, horizon, S, A = len(tasks), env.horizon, env.num_observations, env.num_actions
     steps = episodes * horizon
-    device = agent.log_std.device
-    trial = Trial.empty(steps, n, S + A + 2, agent.state_size, device)
-    all_tasks = torch.arange(n, device=device)
+    trial = Trial.empty(steps, n, S + A + 2, agent.state_size)
+    all_tasks = torch.arange(n)
 
     def policy_at(t: int) -> tuple[Normal, torch.Tensor]:
         with torch.inference_mode():
-            return agent(trial, torch.full((n,), t, device=device), all_tasks)
+            return agent(trial, torch.full((n,), t), all_tasks)
 
     for t in range(steps):
         if t % horizon == 0:
@@ -733,10 +771,10 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
         policy, trial.values[t] = policy_at(t)
         actions = policy.mean
         if explore:
-            noise = torch.from_numpy(rng.standard_normal((n, A), dtype=np.float32)).to(device)
+            noise = torch.from_numpy(rng.standard_normal((n, A), dtype=np.float32))
             actions = actions + policy.stddev * noise
         trial.log_probs[t] = policy.log_prob(actions).sum(1)
-        observations, rewards, terminated, success = env.step(actions.clamp(-1, 1).cpu().double().numpy())
+        observations, rewards, terminated, success = env.step(actions.clamp(-1, 1).double().numpy())
         if not (np.isfinite(observations[alive]).all() and np.isfinite(rewards[alive]).all()):
             raise RunFailed(f"the simulator returned a NaN or an infinity at step {t % horizon} of an episode")
         rewards = np.where(alive, rewards, 0.0)  # what comes after a termination is not kept
@@ -752,7 +790,7 @@ def collect_trial(agent: Agent, env, tasks: np.ndarray, episodes: int, rng: np.r
     trial.written[trial.count[steps], all_tasks] = steps
     trial.transitions[steps, :, :S] = torch.from_numpy(observations)
     # The trial's end is a truncation: what would follow is worth V. After a termination nothing would follow.
-    trial.values[steps] = policy_at(steps)[1] * torch.from_numpy(alive).to(device)
+    trial.values[steps] = policy_at(steps)[1] * torch.from_numpy(alive)
     return trial
 
 
@@ -760,7 +798,7 @@ def episode_returns(trial: Trial, horizon: int) -> tuple[np.ndarray, np.ndarray]
     """Rewards of every step (n, E, H), zero after a termination, and whether each episode (n, E) ever succeeded."""
     rewards = trial.rewards.T.unflatten(1, (-1, horizon))
     success = trial.success.T.unflatten(1, (-1, horizon)).any(2)
-    return rewards.cpu().numpy(), success.cpu().numpy()
+    return rewards.numpy(), success.numpy()
 
 
 # --- PPO over concatenated trials (Sec. 5.1) -------------------------------------------------------------------------
@@ -783,17 +821,16 @@ def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tup
     return advantages, advantages + trial.values[:-1]
 
 
-def minibatches(trial: Trial, size: int, whole_trials: bool,
+def minibatches(trial: Trial, number: int, whole_trials: bool,
                 rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The valid steps, each once, as pairs t (B,), task (B,) with B near size: drawn from all tasks, or whole trials."""
+    """The valid steps, each once, in a number of pairs t (B,), task (B,): drawn from all tasks, or whole trials."""
     t, task = trial.valid.nonzero(as_tuple=True)
     if whole_trials:
-        steps, n = trial.valid.shape
-        for tasks in torch.from_numpy(rng.permutation(n)).to(t.device).split(max(1, size // steps)):
+        for tasks in torch.from_numpy(rng.permutation(trial.valid.shape[1])).to(t.device).tensor_split(number):
             chosen = torch.isin(task, tasks)
             yield t[chosen], task[chosen]
     else:
-        for chosen in torch.from_numpy(rng.permutation(len(t))).to(t.device).split(size):
+        for chosen in torch.from_numpy(rng.permutation(len(t))).to(t.device).tensor_split(number):
             yield t[chosen], task[chosen]
 
 
@@ -804,43 +841,54 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
     Raises RunFailed if returns, a loss or its gradient are not finite, before the step that they would have spoilt.
     """
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
-    if not returns.isfinite().all():
+    count, mean, variance = moments(returns[trial.valid])
+    if not torch.isfinite(mean):
         raise RunFailed("the returns are not finite")
-    agent.rescale_value(returns[trial.valid])
+    agent.rescale_value(mean, variance.sqrt() + 1e-4)
+    _, mean, variance = moments(advantages[trial.valid])
+    explained_variance = 1 - variance / agent.return_deviation**2  # an advantage is a return less its value
+    advantages = (advantages - mean) / (variance.sqrt() + 1e-8)
+
     S, A = agent.num_observations, len(agent.log_std)
+    whole_trials = agent.state_size > 0
+    number = math.ceil(count.item() / args.minibatch_size)  # of minibatches an epoch
+    if whole_trials:
+        number = min(number, trial.valid.shape[1])
+    size = count / number  # over all processes
     statistics = []
     for epoch in range(args.update_epochs):
-        epoch_start = len(statistics)
-        for t, task in minibatches(trial, args.minibatch_size, agent.state_size > 0, rng):
+        sums = []
+        for t, task in minibatches(trial, number, whole_trials, rng):
             policy, value = agent(trial, t, task)
             actions = trial.transitions[t, task, S : S + A]
             log_ratio = policy.log_prob(actions).sum(1) - trial.log_probs[t, task]
             ratio = log_ratio.exp()
             advantage = advantages[t, task]
-            advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+            policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).sum() / size
             # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
-            value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().mean()
-            loss = policy_loss + value_loss
+            value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().sum() / size
             optimizer.zero_grad()
-            loss.backward()
+            (policy_loss + value_loss).backward()
+            if distributed.is_initialized():
+                gradients = [parameter.grad for parameter in agent.parameters()]
+                total = summed(nn.utils.parameters_to_vector(gradients))
+                nn.utils.vector_to_parameters(total, gradients)
             norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            if not torch.isfinite(loss + norm):
+            if not torch.isfinite(norm):
                 raise RunFailed("the loss or its gradient is not finite")
             optimizer.step()
             with torch.no_grad():
-                statistics.append(torch.stack([
-                    policy_loss, value_loss, policy.entropy()[0].sum(), (ratio - 1 - log_ratio).mean(),
-                    ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                sums.append(torch.stack([
+                    policy_loss, value_loss, policy.entropy().sum() / size, (ratio - 1 - log_ratio).sum() / size,
+                    ((ratio - 1).abs() > args.clip_coef).sum() / size,
                 ]))
-        if args.target_kl is not None and torch.stack(statistics[epoch_start:])[:, 3].mean() > args.target_kl:
+        statistics.append(summed(torch.stack(sums)).mean(0))
+        if args.target_kl is not None and statistics[-1][3] > args.target_kl:
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     means = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    unexplained = advantages[trial.valid].var(correction=0)  # an advantage is a return less its value
-    means["explained_variance"] = (1 - unexplained / agent.return_deviation**2).item()
-    return means
+    return means | {"explained_variance": explained_variance.item()}
 
 
 # --- Meta-testing with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) ----------
@@ -882,7 +930,7 @@ def meta_test(agent: Agent, env, args: Args, run: Path) -> list[tuple[str, np.nd
             results["task_names"] = env.task_names(tasks)
         if hasattr(env, "velocity_observation"):
             velocities = trial.transitions[:-1, :, env.velocity_observation].T.unflatten(1, (-1, env.horizon))
-            results["velocities"] = velocities.cpu().numpy()
+            results["velocities"] = velocities.numpy()
         write_npz(run / name, **results)
         rows.append((f"{split} return", rewards.sum(2).mean(0)))
         if env.has_success:
@@ -909,30 +957,30 @@ def analyse_memories(agent: Agent, env, args: Args, run: Path) -> None:
     hooks = [layer.register_forward_hook(keep_attention) for layer in agent.modules()
              if isinstance(layer, TransformerLayer)]
     with torch.inference_mode():
-        for batch in torch.arange(len(t), device=t.device).split(4096):
+        for batch in torch.arange(len(t)).split(4096):
             memories.append(torch.stack(agent.episodic_memories(trial, t[batch], task[batch])))
         memories = torch.cat(memories, dim=1)  # (L + 1, steps, d)
         representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
-        experts = agent.policy(memories[-1]).double().cpu().numpy()  # (steps, A)
+        experts = agent.policy(memories[-1]).double().numpy()  # (steps, A)
         attention = [torch.cat(attention[layer :: len(hooks)]).mean(0) for layer in range(len(hooks))]
         sample = (t < env.horizon) & (t % 5 == 0)  # enough for a picture
         embedding = agent.phi(agent.normalise(trial.transitions[t[sample], task[sample]]))
     for hook in hooks:
         hook.remove()
 
-    fitted = task.cpu().numpy() < args.test_tasks
+    fitted = task.numpy() < args.test_tasks
     regression_mse = []
-    for memory in memories.double().cpu().numpy():
+    for memory in memories.double().numpy():
         features = np.concatenate([memory, np.ones((len(memory), 1))], axis=1)
         weights = np.linalg.lstsq(features[fitted], experts[fitted])[0]
         regression_mse.append(np.square(features[~fitted] @ weights - experts[~fitted]).mean())
 
-    labels = tasks[task[sample].cpu().numpy(), 0]  # a task is known by its first number
-    write_npz(run / "refinement.npz", representation_error=representation_error.cpu().numpy(),
+    labels = tasks[task[sample].numpy(), 0]  # a task is known by its first number
+    write_npz(run / "refinement.npz", representation_error=representation_error.numpy(),
               regression_mse=np.array(regression_mse))
-    write_npz(run / "working_memories.npz", embedding=embedding.cpu().numpy(), task=labels)
+    write_npz(run / "working_memories.npz", embedding=embedding.numpy(), task=labels)
     if attention:
-        write_npz(run / "attention.npz", weights=torch.stack(attention).cpu().numpy())  # (L, N)
+        write_npz(run / "attention.npz", weights=torch.stack(attention).numpy())  # (L, N)
 
 
 # --- A run: its folder, its checkpoints, and the outer loop ----------------------------------------------------------
@@ -1067,64 +1115,79 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+def acting_copy(agent: Agent) -> Agent:
+    """The agent on the CPU, where it acts: itself, if it lives there."""
+    if agent.log_std.device.type == "cpu":
+        return agent
+    return copy.deepcopy(agent).cpu()
+
+
 def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: Path, state: dict) -> bool:
     """The outer loop (Sec. 5.1), from state on; returns whether it came to its end, rather than to a signal.
 
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on.
+    Under torchrun each process collects its share of the tasks, and the one that leads evaluates, reports and saves.
     """
+    process, processes = process_number()
+    leads = process == 0
     saved = time.monotonic()
     scores = {}
+    stopped = False
     with (
         stop_requests() as requests,
-        SummaryWriter(run, purge_step=state["env_steps"] + 1) as board,
-        tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True) as bar,
+        SummaryWriter(run, purge_step=state["env_steps"] + 1) if leads else contextlib.nullcontext() as board,
+        tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True, disable=not leads) as bar,
     ):
-        while state["env_steps"] < args.total_timesteps and not requests:
+        while state["env_steps"] < args.total_timesteps and not stopped:
             started = time.monotonic()
             iteration = state["iteration"] + 1
-            rng = random_stream(args.seed, "train", iteration)
             remaining = 1 - state["env_steps"] / args.total_timesteps
             learning_rate = args.learning_rate * (0.1 + 0.9 * remaining if args.anneal_lr else 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
+            tasks = env.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
+            rng = random_stream(args.seed, "train", iteration, process)
             try:
-                tasks = env.sample_tasks("train", args.num_tasks, rng)
-                trial = collect_trial(agent, env, tasks, args.episodes_per_trial, rng, explore=True)
+                actor = acting_copy(agent)
+                trial = collect_trial(actor, env, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
                 collected = time.monotonic()
-                losses = ppo_update(agent, optimizer, trial, args, rng)
+                losses = ppo_update(agent, optimizer, trial.to(args.device), args, rng)
+                agent.update_statistics(trial.transitions[:-1][trial.valid].to(args.device))
+                updated = time.monotonic()
+                rewards, success = episode_returns(trial, env.horizon)
+                totals = torch.tensor([trial.valid.sum(), rewards.sum(2).mean(), success.mean(), len(requests)])
+                env_steps, train_return, train_success, stopped = summed(totals.double().to(args.device)).tolist()
             except RunFailed as error:
                 raise RunFailed(f"iteration {iteration}: {error}; {run} holds the last good checkpoint") from error
-            agent.update_statistics(trial.transitions[:-1][trial.valid])
-            updated = time.monotonic()
 
-            env_steps = int(trial.valid.sum())
             state["iteration"] = iteration
-            state["env_steps"] += env_steps
+            state["env_steps"] += int(env_steps)
             done = state["env_steps"] >= args.total_timesteps
-            rewards, success = episode_returns(trial, env.horizon)
-            row = {
-                "train_return": rewards.sum(2).mean(),
-                "rollout_seconds": collected - started,
-                "update_seconds": updated - collected,
-                "learning_rate": learning_rate,
-                **losses,
-            }
-            if env.has_success:
-                row["train_success"] = success.mean()
-            if (iteration - 1) % args.eval_interval == 0 or done:
-                scores = evaluate(agent, env, args)
-                row |= scores
-            row["steps_per_second"] = env_steps / (time.monotonic() - started)
-            state["wall_seconds"] += time.monotonic() - started
-            append_progress(run / "progress.csv", state | row)
-            for name, value in row.items():
-                board.add_scalar(name, value, state["env_steps"])
-            bar.update(env_steps)
-            bar.set_postfix({"train": f"{row['train_return']:.1f}"} | {name: f"{scores[name]:.3g}" for name in scores})
-            if done or requests or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(run, agent, optimizer, state)
-                saved = time.monotonic()
-    return not requests
+            if leads:
+                row = {
+                    "train_return": train_return / processes,
+                    "rollout_seconds": collected - started,
+                    "update_seconds": updated - collected,
+                    "learning_rate": learning_rate,
+                    **losses,
+                }
+                if env.has_success:
+                    row["train_success"] = train_success / processes
+                if (iteration - 1) % args.eval_interval == 0 or done:
+                    scores = evaluate(acting_copy(agent), env, args)
+                    row |= scores
+                row["steps_per_second"] = env_steps / (time.monotonic() - started)
+                state["wall_seconds"] += time.monotonic() - started
+                append_progress(run / "progress.csv", state | row)
+                for name, value in row.items():
+                    board.add_scalar(name, value, state["env_steps"])
+                bar.update(int(env_steps))
+                returns = {"train": train_return / processes} | scores
+                bar.set_postfix({name: f"{value:.3g}" for name, value in returns.items()})
+                if done or stopped or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    save_checkpoint(run, agent, optimizer, state)
+                    saved = time.monotonic()
+    return not stopped
 
 
 def print_summary(args: Args, state: dict, rows: list[tuple[str, np.ndarray]]) -> None:
@@ -1139,6 +1202,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        join_processes(args)
+        leads = process_number()[0] == 0
         env = ENVS[args.env](args.seed)
         agent = make_agent(env, args)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -1147,14 +1212,20 @@ def main(argv: list[str] | None = None) -> int:
             state = load_checkpoint(run, agent, optimizer, args.device)
         else:
             state = {"iteration": 0, "env_steps": 0, "wall_seconds": 0.0}
-            run = make_run_folder(args)
-            save_checkpoint(run, agent, optimizer, state)
+            if leads:
+                run = make_run_folder(args)
+                save_checkpoint(run, agent, optimizer, state)
         if not args.test:
-            start_progress(run / "progress.csv", state["iteration"])
-            write_args(args, run)
+            if leads:
+                start_progress(run / "progress.csv", state["iteration"])
+                write_args(args, run)
             if not train(agent, optimizer, env, args, run, state):
-                print(f"stopped at {state['env_steps']:,} steps; go on with: python trmrl.py --resume {run}")
+                if leads:
+                    print(f"stopped at {state['env_steps']:,} steps; go on with: python trmrl.py --resume {run}")
                 return 130
+        if not leads:
+            return 0
+        agent = acting_copy(agent)
         rows = meta_test(agent, env, args, run)
         analyse_memories(agent, env, args, run)
         print_summary(args, state, rows)
