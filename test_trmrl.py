@@ -10,6 +10,7 @@ import gc
 import inspect
 import json
 import math
+import os
 import pickle
 import signal
 import subprocess
@@ -854,6 +855,100 @@ def test_every_environment_trains_resumes_and_meta_tests(tmp_path, monkeypatch):
         assert bool(rows[-1]["test_success"]) == bool(rows[-1]["train_success"]) == env.startswith("ML")
         if env == "ML45-Train":
             assert set(meta_test["task_names"]) == set(handful)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+# What each of torchrun's processes runs: main on the command line's flags, with the toy environment. Each keeps its
+# parameters in the file parameters<rank>.pt; with "die" in the environment process 1 is killed in its third iteration.
+TORCHRUN_MAIN = """
+import os, signal, sys
+import torch
+import test_trmrl
+import trmrl
+
+class Dies(test_trmrl.PointMass):
+    resets = 0
+    def reset(self, tasks, rng):
+        self.resets += 1
+        if os.environ["RANK"] == "1" and self.resets == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reset(tasks, rng)
+
+def keep(agent, *rest):
+    result = train(agent, *rest)
+    torch.save(agent.state_dict(), f"parameters{os.environ['RANK']}.pt")
+    return result
+
+trmrl.ENVS["PointMass"] = Dies if "die" in os.environ else test_trmrl.PointMass
+train, trmrl.train = trmrl.train, keep
+sys.exit(trmrl.main())
+"""
+
+# One update on every second of the tasks of a trial; process 0 keeps what came of it.
+TORCHRUN_UPDATE = """
+import sys
+import torch
+import test_trmrl
+import trmrl
+
+args = trmrl.Args(num_tasks=6, **test_trmrl.ONE_UPDATE)
+trmrl.join_processes(args)
+process, processes = trmrl.process_number()
+agent, statistics = test_trmrl.updated(args, share=slice(process, None, processes))
+if process == 0:
+    torch.save((agent.state_dict(), statistics), "update.pt")
+"""
+ONE_UPDATE = dict(minibatch_size=1000, update_epochs=2, target_kl=None)
+
+
+def updated(args: trmrl.Args, share: slice) -> tuple[trmrl.TrMRL, dict]:
+    """An agent after one update on some tasks of a trial that ends early at times, and the update's statistics."""
+    agent = make_agent(S=1, A=1)
+    whole = trial_of(Mortal(1), agent, tasks=6)
+    trial = trmrl.Trial(**{name: tensor[:, share] for name, tensor in vars(whole).items()})
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.5)  # Adam would blow rounding up where a gradient is 0
+    statistics = trmrl.ppo_update(agent, optimizer, trial, args, np.random.default_rng(0))
+    agent.update_statistics(trial.transitions[:-1][trial.valid])
+    return agent, statistics
+
+
+def torchrun(folder: Path, code: str, *flags, **environment) -> int:
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*launcher, *flags], cwd=folder, env=environment, capture_output=True).returncode
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    assert torchrun(tmp_path, TORCHRUN_UPDATE) == 0
+    parameters, statistics = torch.load(tmp_path / "update.pt")
+    agent, expected = updated(trmrl.Args(num_tasks=6, **ONE_UPDATE), share=slice(None))
+    for name, tensor in agent.state_dict().items():
+        torch.testing.assert_close(parameters[name], tensor, rtol=1e-4, atol=1e-5)
+    assert statistics == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert expected["approx_kl"] > 1e-4  # the second epoch starts from what the first has made
+
+
+def test_processes_stay_alike_and_another_number_resumes(tmp_path):
+    flags = ["--env", "PointMass", *TINY, "--total-timesteps", "240", "--runs-dir", "runs"]
+    assert torchrun(tmp_path, TORCHRUN_MAIN, *flags) == 0
+    first, second = (torch.load(tmp_path / f"parameters{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [row["env_steps"] for row in progress(folder)] == ["80", "160", "240"]
+    assert trmrl.main(["--resume", str(folder), "--total-timesteps", "400"]) == 0
+    assert [row["env_steps"] for row in progress(folder)] == ["80", "160", "240", "320", "400"]
+    assert torchrun(tmp_path, TORCHRUN_MAIN, "--env", "PointMass", "--num-tasks", "3") != 0  # 3 tasks in 2 processes
+
+
+def test_a_process_that_is_killed_ends_all(tmp_path):
+    flags = ["--env", "PointMass", *TINY, "--total-timesteps", "8000", "--runs-dir", "runs"]
+    assert torchrun(tmp_path, TORCHRUN_MAIN, *flags, die="yes") != 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(progress(folder)) == 2
+    assert trmrl.main(["--resume", str(folder), "--total-timesteps", "160"]) == 0
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
