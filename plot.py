@@ -38,6 +38,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.transforms import ScaledTranslation  # noqa: E402
 
 NOT_A_SETTING = ("seed", "runs_dir", "device", "versions")  # what the runs of one setting may differ in
+METHODS = {"transformer": "TrMRL", "gru": "RL²"}  # by --memory
 TASK_UNITS = {
     "HalfCheetahVel": "target velocity (m/s)",
     "AntDir": "goal direction (rad)",
@@ -94,6 +95,10 @@ class Run:
     def env(self) -> str:
         return self.args["env"]
 
+    @property
+    def method(self) -> str:
+        return METHODS[self.args.get("memory", "transformer")]
+
     def setting(self, *but: str) -> str:
         """What all seeds of a setting have in common, as a key; without the flags named."""
         flags = {name: value for name, value in self.args.items() if name not in (*NOT_A_SETTING, *but)}
@@ -128,10 +133,10 @@ def flag_text(run: Run, flags: list[str]) -> str:
 
 
 def name_settings(runs: list[Run]) -> None:
-    """Gives each run the label that tells its setting from the others of its environment."""
+    """Gives each run the label that tells its setting from the others of its environment: its method, and what differs."""
     for run in runs:
-        flags = differing_flags([other for other in runs if other.env == run.env])
-        run.label = flag_text(run, flags) or "TrMRL"
+        flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
+        run.label = ", ".join([run.method] + [flag_text(run, flags)] * bool(flags))
 
 
 def group(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
