@@ -99,7 +99,7 @@ class Args:
     """T-Fixup initialisation without LayerNorm (Sec. 3.3); otherwise Xavier and LayerNorm, the arm of Fig. 10"""
     init_std: float = 0.5
     """initial standard deviation of the Gaussian policy; it is learned"""
-    total_timesteps: int = 2_000_000
+    total_timesteps: int = 4_000_000
     """environment steps of training"""
     learning_rate: float = 5e-4
     """of Adam"""
@@ -113,8 +113,8 @@ class Args:
     """PPO's clipping range of the probability ratio"""
     update_epochs: int = 6
     """passes over an iteration's trials, at most"""
-    minibatch_size: int = 400
-    """steps a gradient, drawn from all tasks"""
+    minibatch_size: int = 200
+    """steps a gradient, drawn from all tasks; for the GRU whole trials, at least one"""
     target_kl: float | None = 0.03
     """no further epoch once an epoch's mean KL divergence from the old policy exceeds it"""
     max_grad_norm: float = 0.5
@@ -137,8 +137,8 @@ class Args:
 
 # Per environment, what differs from the above. At a standard deviation of 0.5 an ant's noise alone costs what staying
 # alive earns; MetaWorld's is the authors'. Three epochs: where sampling is the bill, further ones bring little.
-ANT = dict(init_std=0.3, update_epochs=3)
-META_WORLD = dict(init_std=1.0, update_epochs=3)
+ANT = dict(init_std=0.3, update_epochs=3, total_timesteps=2_000_000)
+META_WORLD = dict(init_std=1.0, update_epochs=3, total_timesteps=2_000_000)
 DEFAULTS: dict[str, dict] = {
     "AntDir": ANT,
     "AntDir57": ANT,
