@@ -6,6 +6,7 @@ library, a direct sum, a perturbation.
 """
 
 import csv
+import dataclasses
 import gc
 import inspect
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import gymnasium
 import metaworld
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -1251,6 +1253,14 @@ def test_a_label_has_one_colour_in_all_figures(seeds, tmp_path):
     assert colours[0] == colours[1] == colours[2] and len(set(colours[0].values())) == 2
 
 
+def test_methods_have_their_names(tmp_path):
+    runs = [plot.load_run(fake_run(tmp_path / "a", memory="transformer", layers=2)),
+            plot.load_run(fake_run(tmp_path / "b", memory="transformer", layers=4)),
+            plot.load_run(fake_run(tmp_path / "c", memory="gru", layers=4, minibatch_size=7))]
+    plot.name_settings(runs)
+    assert [run.label for run in runs] == ["TrMRL, layers 2", "TrMRL, layers 4", "RL²"]
+
+
 def test_summary_holds_final_results(seeds):
     runs = [plot.load_run(folder) for folder in seeds]
     plot.name_settings(runs)
@@ -1323,22 +1333,110 @@ def test_figures_of_real_runs(tmp_path):
 # --- benchmarks ------------------------------------------------------------------------------------------------------
 
 
+def seconds(work, times: int = 3) -> float:
+    """The fastest of a few calls."""
+    durations = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - started)
+    return min(durations)
+
+
+def default_run(**flags):
+    """HalfCheetahVel at the defaults but for some flags: environment, arguments, agent, optimizer and a trial."""
+    args = trmrl.Args(**flags)
+    env = trmrl.HalfCheetahVel(1)
+    agent = trmrl.make_agent(env, args)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    return env, args, agent, optimizer, trial_of(env, agent, args.num_tasks, args.episodes_per_trial)
+
+
 @pytest.mark.benchmark
 def test_batched_stepping_beats_gymnasiums_vector_env():
-    """Issued as a ratio: 20 half cheetahs, the same actions, this file's batch against SyncVectorEnv."""
-    n, steps = 20, 400
-    actions = np.random.default_rng(0).uniform(-1, 1, (steps, n, 6))
+    """20 half cheetahs, the same actions, this file's batch against SyncVectorEnv."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (400, 20, 6))
     env = trmrl.HalfCheetahVel(1)
-    reference = gymnasium.make_vec("HalfCheetah-v5", n, vectorization_mode="sync")
-    seconds = {"batch": [], "gymnasium": []}
-    for _ in range(3):
-        env.reset(np.zeros((n, 1)), np.random.default_rng(0))
-        reference.reset(seed=0)
-        for name, step in (("batch", env.step), ("gymnasium", reference.step)):
-            started = time.perf_counter()
-            for action in actions:
-                step(action)
-            seconds[name].append(time.perf_counter() - started)
-    ratio = min(seconds["gymnasium"]) / min(seconds["batch"])
+    reference = gymnasium.make_vec("HalfCheetah-v5", 20, vectorization_mode="sync")
+    env.reset(np.zeros((20, 1)), np.random.default_rng(0))
+    reference.reset(seed=0)
+    ratio = seconds(lambda: [reference.step(action) for action in actions]) / seconds(
+        lambda: [env.step(action) for action in actions])
     print(f"\nbatched stepping: {ratio:.2f} times as fast as gymnasium's SyncVectorEnv")
     assert ratio >= 1.5
+
+
+@pytest.mark.benchmark
+def test_sampling_against_bare_physics():
+    """A trial of 20 tasks (physics, reward, acting, storing) against nothing but mj_step, on one core."""
+    env, args, agent, _, _ = default_run()
+    datas = [mujoco.MjData(env.model) for _ in range(20)]
+    ctrl = [data.ctrl for data in datas]
+    actions = np.random.default_rng(0).uniform(-1, 1, (400, 20, 6))
+
+    def bare():
+        for action in actions:
+            for i, data in enumerate(datas):
+                ctrl[i][:] = action[i]
+                mujoco.mj_step(env.model, data, nstep=env.frame_skip)
+
+    ratio = seconds(lambda: trial_of(env, agent, 20, 2)) / seconds(bare)
+    print(f"\nsampling: {ratio:.2f} times bare mj_step")
+
+
+def update_flops(agent: trmrl.TrMRL, steps: int) -> float:
+    """6 × parameters × tokens that must be computed: of the last layer only keys and values for all N positions."""
+    layer = sum(parameter.numel() for parameter in agent.layers[0].parameters())
+    keys_and_values = sum(parameter.numel() for name in ("key", "value")
+                          for parameter in getattr(agent.layers[0], name).parameters())
+    phi = sum(parameter.numel() for parameter in agent.phi.parameters())
+    N, L = agent.memory_length, len(agent.layers)
+    return 6 * steps * (N * (phi + (L - 1) * layer + keys_and_values) + layer - keys_and_values)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("d_model, heads", [(32, 4), (128, 4), (128, 16)])
+def test_update_against_large_matrix_products(d_model, heads):
+    """One epoch over 8 000 steps; the fastest of a few square fp32 products is the machine."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        peak = 0.0
+        for n in (512, 1024, 2048):
+            a, b = torch.randn(n, n), torch.randn(n, n)
+            peak = max(peak, 2 * n**3 / seconds(lambda: a @ b, 5))
+        _, args, agent, optimizer, trial = default_run(d_model=d_model, heads=heads, update_epochs=1)
+        duration = seconds(lambda: trmrl.ppo_update(agent, optimizer, trial, args, np.random.default_rng(0)))
+        share = update_flops(agent, 8000) / duration / peak
+        print(f"\nupdate, d {d_model}, {heads} heads, {threads} threads: {share:.0%} of a large matrix product's speed")
+    torch.set_num_threads(1)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("flag, values", [("memory_length", (1, 5, 10, 25, 50)), ("layers", (1, 2, 4, 8, 12))])
+def test_growth_of_an_iteration(flag, values):
+    durations = []
+    for value in values:
+        env, args, agent, optimizer, trial = default_run(**{flag: value}, update_epochs=1)
+
+        def iteration():
+            trial_of(env, agent, 20, 2)
+            trmrl.ppo_update(agent, optimizer, trial, args, np.random.default_rng(0))
+
+        durations.append(seconds(iteration, 2))
+    ratios = [duration / durations[0] for duration in durations]
+    print(f"\nseconds an iteration against {flag} {values[0]}: "
+          + ", ".join(f"{value}: {ratio:.2f}" for value, ratio in zip(values, ratios)))
+    for (low, fast), (high, slow) in zip(zip(values, durations), list(zip(values, durations))[1:]):
+        assert slow / fast <= high / low
+
+
+@pytest.mark.benchmark
+def test_evaluations_share_of_training():
+    env, args, agent, optimizer, trial = default_run()
+    evaluation = seconds(lambda: trmrl.evaluate(agent, env, args))
+    sampling = seconds(lambda: trial_of(env, agent, 20, 2))
+    epoch = seconds(lambda: trmrl.ppo_update(agent, optimizer, trial, dataclasses.replace(args, update_epochs=1),
+                                             np.random.default_rng(0)))
+    share = evaluation / (evaluation + args.eval_interval * (sampling + epoch))
+    print(f"\nevaluation: {share:.1%} of the time, if the KL limit leaves one epoch an iteration")
+    assert share <= 0.05
