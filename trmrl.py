@@ -204,6 +204,11 @@ def process_number() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def cores() -> int:
+    """The machine's cores, shared among torchrun's processes on it."""
+    return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def summed(x: torch.Tensor) -> torch.Tensor:
     """x, replaced by its sum over all processes. Raises RunFailed if one of them is gone."""
     if distributed.is_initialized():
@@ -331,7 +336,7 @@ class AntDir(MujocoBody):
     num_observations = 27
     splits = ("train", "test")
     angles = (0.0, math.pi)
-    threads = os.cpu_count()  # an ant's step is six times a half cheetah's, and threads pay
+    threads = cores()  # an ant's step is six times a half cheetah's, and threads pay
 
     def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
         return np.resize(self.angles, (n, 1))  # the two in turn, so that each batch holds both
@@ -416,7 +421,7 @@ class MetaWorld:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # this file's imports once, not once a worker
         self.workers, self.pipes = [], []
-        for _ in range(os.cpu_count()):
+        for _ in range(cores()):
             ours, theirs = context.Pipe()
             worker = context.Process(target=meta_world_worker, args=(theirs, seed), daemon=True)
             worker.start()
