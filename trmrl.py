@@ -676,17 +676,14 @@ class RL2(Agent):
         tasks, column = task.unique(return_inverse=True)
         first, last = int(t.min()), int(t.max())
         # Acting goes on from the state that it has left in the trial; training runs through the trial from its start.
-        if first == 0:
-            state = self.policy.weight.new_zeros(len(tasks), self.state_size)
-        else:
-            state = trial.states[first - 1, tasks]
-        states = []
-        for step in range(first, last + 1):
-            if step > 0:
-                seen = self.phi(self.normalise(trial.transitions[step - 1, tasks]))
-                state = torch.where(trial.valid[step - 1, tasks][:, None], self.gru(seen, state), state)
+        before = max(first - 1, 0)
+        state = trial.states[before, tasks]  # zeros at the start
+        states = [state]
+        seen = self.phi(self.normalise(trial.transitions[before:last, tasks]))
+        for x, valid in zip(seen, trial.valid[before:last, tasks, None]):
+            state = torch.where(valid, self.gru(x, state), state)
             states.append(state)
-        states = torch.stack(states)
+        states = torch.stack(states[first - before :])
         if not torch.is_grad_enabled():
             trial.states[first : last + 1, tasks] = states
         current = self.working_memories(trial.transitions[t, task][:, None])[:, 0]
