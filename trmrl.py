@@ -507,7 +507,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
     def forward(self, queries: torch.Tensor, memories: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Refines queries (B, Q, d), the last Q of memories (B, N, d); mask (B, 1, Q, N) is True where one attends."""
+        """Refines queries (B, Q, d), the last Q of memories (B, N, d); mask (B, 1, Q, N): 0 to attend, or -∞."""
         q = self.split_heads(self.query(queries))  # (B, ω, Q, d/ω)
         k = self.split_heads(self.key(memories))  # (B, ω, N, d/ω)
         v = self.split_heads(self.value(memories))
@@ -519,8 +519,7 @@ class TransformerLayer(nn.Module):
     def attention(self, queries: torch.Tensor, memories: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The weights α (B, ω, Q, N) of Eq. 4 that forward applies; only to be looked at."""
         q, k = self.split_heads(self.query(queries)), self.split_heads(self.key(memories))
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-        return scores.masked_fill(~mask, -math.inf).softmax(3)
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + mask).softmax(3)
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, d) -> (B, ω, N, d/ω)
@@ -651,7 +650,7 @@ class TrMRL(Agent):
         memories = self.working_memories(windows) + self.positions  # (B, N, d)
         # A PAD slot sees itself alone, since a softmax needs something to sum over; nothing reads what it makes of it.
         attends = filled[:, None, :] | torch.eye(self.memory_length, dtype=torch.bool, device=filled.device)
-        mask = (self.causal & attends)[:, None]  # (B, 1, N, N): Eq. 1's M
+        mask = torch.where(self.causal & attends, 0.0, -math.inf)[:, None]  # (B, 1, N, N): Eq. 1's M
         current = [memories[:, -1]]
         for layer in self.layers[:-1]:
             memories = layer(memories, memories, mask)
