@@ -276,7 +276,7 @@ def draw_refinement(runs: list[Run], palette: Palette, problems: list[str]) -> t
             layers = np.arange(errors.shape[1])
             draw_curve(ax, layers, errors, seeds[0].label, palette.style(seeds[0].label), marker="o", markersize=3)
     axes[0].set(xlabel="layer", ylabel=r"1 − cos($e^l$, $e^L$)", ylim=(0, None))
-    axes[1].set(xlabel="layer", ylabel="mean squared error of the action", yscale="log")
+    axes[1].set(xlabel="layer", ylabel="mean squared error of the action", ylim=(0, None))
     for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
         legend(ax)
