@@ -334,7 +334,10 @@ def draw_online_adaptation(runs: list[Run], palette: Palette, problems: list[str
 
 def draw_attention(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
     """How the current memory divides its attention over the working memories, per layer, in one run."""
-    run, data = one_environment(usable(runs, "attention.npz", ("weights",), problems))[0]
+    attending = [run for run in runs if run.method == "TrMRL"]
+    if not attending:
+        raise LeftOut("a GRU has no attention")
+    run, data = one_environment(usable(attending, "attention.npz", ("weights",), problems))[0]
     weights = data["weights"]  # (L, N)
     layers, length = weights.shape
     figure, (axes,) = panels([f"{run.env}, seed {run.args['seed']}"])

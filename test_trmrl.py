@@ -1320,14 +1320,17 @@ def test_plot_needs_neither_torch_nor_trmrl():
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
-def test_figures_of_real_runs(tmp_path):
-    """From the command line to the pictures: two short runs that differ in one flag."""
+def test_figures_of_real_runs(tmp_path, capsys):
+    """From the command line to the pictures: short runs that differ in one flag, and one of RL²."""
     flags = ["--env", "PointMass", *TINY, "--total-timesteps", "160"]
-    folders = [run(tmp_path / "runs", *flags, "--layers", layers) for layers in ("1", "2")]
+    rl2 = run(tmp_path / "runs", *flags, "--memory", "gru", "--layers", "1")
+    assert plot.main([str(rl2), "--out", str(tmp_path / "rl2")]) == 0
+    assert "attention: left out" in capsys.readouterr().out
+    folders = [rl2, *(run(tmp_path / "runs", *flags, "--layers", layers) for layers in ("1", "2"))]
     assert plot.main([*map(str, folders), "--out", str(tmp_path / "figures")]) == 0
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
         "meta_training", "adaptation", "ood", "refinement", "working_memories", "online_adaptation", "attention",
-        "ablation_layers"}
+        "ablation_layers", "ablation_memory"}
 
 
 # --- benchmarks ------------------------------------------------------------------------------------------------------
