@@ -302,6 +302,7 @@ def draw_working_memories(runs: list[Run], palette: Palette, problems: list[str]
     dots = axes.scatter(*points.T, c=data["task"], cmap="viridis", s=3, linewidth=0)
     for name, part in zip("xyz", share):
         axes.set(**{f"{name}label": f"PC {'xyz'.index(name) + 1} ({part:.0%})", f"{name}ticklabels": []})
+        getattr(axes, f"{name}axis").labelpad = -12  # where the tick labels would be
     figure.colorbar(dots, label=TASK_UNITS.get(run.env, "task"), shrink=0.6, pad=0.12)
     axes.set_title(f"{run.env}, seed {run.args['seed']}")
     return figure, [run]
