@@ -542,7 +542,7 @@ def test_running_statistics_are_those_of_all_data():
 
 @pytest.mark.parametrize("env", [PointMass(1), Mortal(1)], ids=["", "early termination"])
 def test_advantages_are_the_double_sum_over_the_concatenated_trial(env):
-    """A_t = Σ_k (γλ)^k δ_(t+k) over the valid steps of all episodes in a row, bootstrapped only at a truncation."""
+    """A_t = Σ_k (γλ)^k δ_(t+k) over the valid steps of all episodes, the others passing without reward or advantage."""
     gamma, lam = 0.9, 0.8
     agent = make_agent(S=1, A=1)
     agent.log_std.data.fill_(math.log(0.6))
@@ -556,19 +556,20 @@ def test_advantages_are_the_double_sum_over_the_concatenated_trial(env):
         endings.add(truncated)
         bootstrap = trial.values[60, task].item() if truncated else 0.0
         v = [trial.values[t, task].item() for t in steps] + [bootstrap]
-        delta = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(r))]
+        when = steps + [60]
+        delta = [r[k] + gamma ** (when[k + 1] - when[k]) * v[k + 1] - v[k] for k in range(len(r))]
         for i, t in enumerate(steps):
-            direct = sum((gamma * lam) ** (k - i) * delta[k] for k in range(i, len(r)))
+            direct = sum((gamma * lam) ** (when[k] - t) * delta[k] for k in range(i, len(r)))
             assert advantages[t, task].item() == pytest.approx(direct, abs=1e-4)
             assert returns[t, task].item() == pytest.approx(direct + v[i], abs=1e-4)
         assert not advantages[~trial.valid[:, task], task].any()
     if isinstance(env, Mortal):
         assert not trial.valid.all() and endings == {True, False}
-    else:
-        # With λ = 1 it is the discounted return of the whole trial.
-        _, returns = trmrl.advantages_and_returns(trial, gamma, 1.0)
-        tail = gamma**60 * trial.values[60, 0] + sum(gamma**t * trial.rewards[t, 0] for t in range(60))
-        assert returns[0, 0].item() == pytest.approx(tail.item(), abs=1e-3)
+    # With λ = 1 it is the discounted return of the whole trial, which has no reward after a termination.
+    _, returns = trmrl.advantages_and_returns(trial, gamma, 1.0)
+    for task in range(6):
+        whole = gamma**60 * trial.values[60, task] + sum(gamma**t * trial.rewards[t, task] for t in range(60))
+        assert returns[0, task].item() == pytest.approx(whole.item(), abs=1e-3)
 
 
 def test_steps_after_an_early_termination_neither_train_nor_count(tmp_path):

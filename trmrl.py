@@ -810,7 +810,8 @@ def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tup
     """Generalised advantage estimation along the trial's valid steps, through the episodes' ends; both (T, n).
 
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
-    trajectory" (Sec. 5.1): the step after an episode's last valid one is the next episode's first.
+    trajectory" (Sec. 5.1). What an early termination cuts off counts as steps without reward: if the trial's clock
+    stopped there, the next episode would begin at once, and to die would cost nothing.
     """
     advantages = torch.zeros_like(trial.rewards)
     next_value, next_advantage = trial.values[-1], torch.zeros_like(trial.values[-1])
@@ -818,8 +819,8 @@ def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tup
         valid = trial.valid[t]
         delta = trial.rewards[t] + gamma * next_value - trial.values[t]
         advantages[t] = torch.where(valid, delta + gamma * gae_lambda * next_advantage, 0.0)
-        next_advantage = torch.where(valid, advantages[t], next_advantage)
-        next_value = torch.where(valid, trial.values[t], next_value)
+        next_advantage = torch.where(valid, advantages[t], gamma * gae_lambda * next_advantage)
+        next_value = torch.where(valid, trial.values[t], gamma * next_value)
     return advantages, advantages + trial.values[:-1]
 
 
