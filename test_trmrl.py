@@ -981,6 +981,14 @@ def test_a_mistake_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys, 
     assert not list(tmp_path.rglob("*"))
 
 
+def test_flags_go_before_an_environments_defaults():
+    ant = trmrl.parse(["--env", "AntDir", "--memory=gru"])
+    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.3, 3, 2000)
+    ant = trmrl.parse(["--env", "AntDir", "--init-std", "0.7", "--memory", "gru", "--minibatch-size", "400"])
+    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.7, 3, 400)
+    assert trmrl.parse([]) == trmrl.Args()
+
+
 def test_a_flag_that_does_not_exist_or_parse_ends_with_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for flags in (["--layer", "4"], ["--layers", "many"]):

@@ -135,8 +135,9 @@ class Args:
     """a run's folder: only repeat the meta-tests of its checkpoint"""
 
 
-# Per environment, what differs from the above. At a standard deviation of 0.5 an ant's noise alone costs what staying
-# alive earns; MetaWorld's is the authors'. Three epochs: where sampling is the bill, further ones bring little.
+# Per environment, and for the GRU, what differs from the above. At a standard deviation of 0.5 an ant's noise alone
+# costs what staying alive earns; MetaWorld's is the authors'. Three epochs: where sampling is the bill, further ones
+# bring little. The GRU's minibatches are whole trials: larger ones cost hardly more, and each may take a larger step.
 ANT = dict(init_std=0.3, update_epochs=3, total_timesteps=2_000_000)
 META_WORLD = dict(init_std=1.0, update_epochs=3, total_timesteps=2_000_000)
 DEFAULTS: dict[str, dict] = {
@@ -145,6 +146,7 @@ DEFAULTS: dict[str, dict] = {
     "ML1-Reach": META_WORLD,
     "ML1-Push": META_WORLD,
     "ML45-Train": META_WORLD | dict(num_tasks=25, test_tasks=45, eval_interval=20),  # a test task of each environment
+    "gru": dict(minibatch_size=2000, learning_rate=1e-3),
 }
 
 
@@ -1011,6 +1013,7 @@ def parse(argv: list[str]) -> Args:
     """The command line over the run's own arguments (--resume, --test) or over the environment's defaults."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--env", default=Args.env)
+    peek.add_argument("--memory", default=Args.memory)
     peek.add_argument("--resume")
     peek.add_argument("--test")
     known = peek.parse_known_args(argv)[0]
@@ -1019,7 +1022,8 @@ def parse(argv: list[str]) -> Args:
     if known.resume or known.test:
         defaults = read_args(known)
     else:
-        defaults = Args(env=known.env, **DEFAULTS.get(known.env, {}))
+        special = DEFAULTS.get(known.env, {}) | DEFAULTS.get(known.memory, {})
+        defaults = Args(env=known.env, **special)
     args = tyro.cli(Args, args=argv, default=defaults)
     check(args)
     return args
