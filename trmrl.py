@@ -1233,6 +1233,7 @@ def main(argv: list[str] | None = None) -> int:
         if not leads:
             return 0
         agent = acting_copy(agent)
+        print("meta-testing with frozen weights")
         rows = meta_test(agent, env, args, run)
         analyse_memories(agent, env, args, run)
         print_summary(args, state, rows)
