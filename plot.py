@@ -178,12 +178,17 @@ def draw_curve(axes, x: np.ndarray, values: np.ndarray, label: str, style: dict,
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def panels(titles: Sequence[str], height: float = 2.4, **options) -> tuple[Figure, list]:
-    """A row of axes, a column wide each."""
-    figure, axes = plt.subplots(1, len(titles), figsize=(COLUMN * len(titles), height), squeeze=False, **options)
-    for ax, title in zip(axes[0], titles):
+def panels(titles: Sequence[str]) -> tuple[Figure, list]:
+    """Axes in rows of at most three, a column wide each."""
+    across = min(len(titles), 3)
+    down = -(-len(titles) // across)
+    figure, grid = plt.subplots(down, across, figsize=(COLUMN * across, 2.4 * down), squeeze=False)
+    axes = list(grid.flat)
+    for unused in axes[len(titles) :]:
+        unused.remove()
+    for ax, title in zip(axes, titles):
         ax.set_title(title)
-    return figure, list(axes[0])
+    return figure, axes[: len(titles)]
 
 
 def legend(axes) -> None:
