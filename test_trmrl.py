@@ -916,10 +916,10 @@ def updated(args: trmrl.Args, share: slice) -> tuple[trmrl.TrMRL, dict]:
     return agent, statistics
 
 
-def torchrun(folder: Path, code: str, *flags, **environment) -> int:
-    folder.mkdir(exist_ok=True)
+def torchrun(folder: Path, code: str, *flags, processes: int = 2, **environment) -> int:
     (folder / "script.py").write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(processes), "script.py"]
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([*launcher, *flags], cwd=folder, env=environment, capture_output=True).returncode
 
@@ -944,6 +944,13 @@ def test_processes_stay_alike_and_another_number_resumes(tmp_path):
     assert trmrl.main(["--resume", str(folder), "--total-timesteps", "400"]) == 0
     assert [row["env_steps"] for row in progress(folder)] == ["80", "160", "240", "320", "400"]
     assert torchrun(tmp_path, TORCHRUN_MAIN, "--env", "PointMass", "--num-tasks", "3") != 0  # 3 tasks in 2 processes
+
+
+def test_one_process_is_as_without_torchrun(tmp_path):
+    flags = ["--env", "PointMass", *TINY, "--total-timesteps", "160"]
+    assert torchrun(tmp_path, TORCHRUN_MAIN, *flags, "--runs-dir", "runs", processes=1) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert_same_run(folder, run(tmp_path / "alone", *flags))
 
 
 def test_a_process_that_is_killed_ends_all(tmp_path):
