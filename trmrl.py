@@ -1143,7 +1143,8 @@ def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: 
     with (
         stop_requests() as requests,
         SummaryWriter(run, purge_step=state["env_steps"] + 1) if leads else contextlib.nullcontext() as board,
-        tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True, disable=not leads) as bar,
+        tqdm(total=args.total_timesteps, initial=state["env_steps"], unit="step", unit_scale=True,
+             disable=not leads) as bar,
     ):
         while state["env_steps"] < args.total_timesteps and not stopped:
             started = time.monotonic()
