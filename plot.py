@@ -20,6 +20,7 @@ anything had to be left out because it is damaged or unfinished, 2 if there is n
 
 import csv
 import json
+import math
 import os
 import sys
 import zipfile
@@ -97,7 +98,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return METHODS[self.args.get("memory", "transformer")]
+        return METHODS[self.args["memory"]]
 
     def setting(self, *but: str) -> str:
         """What all seeds of a setting have in common, as a key; without the flags named."""
@@ -109,7 +110,7 @@ def load_run(folder: Path) -> Run:
     """Raises Damaged if the folder is no run, or its tables are not whole."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        args["env"], args["seed"]
+        args["env"], args["seed"], METHODS[args["memory"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{folder} is no run: it has no args.json that can be read") from error
     try:
@@ -136,7 +137,9 @@ def name_settings(runs: list[Run]) -> None:
     """Gives each run the label that tells its setting from the others of its environment: its method, and what differs."""
     for run in runs:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
-        run.label = ", ".join([run.method] + [flag_text(run, flags)] * bool(flags))
+        run.label = run.method
+        if flags:
+            run.label += f", {flag_text(run, flags)}"
 
 
 def group(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
@@ -181,7 +184,7 @@ def draw_curve(axes, x: np.ndarray, values: np.ndarray, label: str, style: dict,
 def panels(titles: Sequence[str]) -> tuple[Figure, list]:
     """Axes in rows of at most three, a column wide each."""
     across = min(len(titles), 3)
-    down = -(-len(titles) // across)
+    down = math.ceil(len(titles) / across)
     figure, grid = plt.subplots(down, across, figsize=(COLUMN * across, 2.4 * down), squeeze=False)
     axes = list(grid.flat)
     for unused in axes[len(titles) :]:

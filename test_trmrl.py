@@ -1098,7 +1098,8 @@ def fake_run(folder: Path, env="HalfCheetahVel", seed=1, ood=True, success=False
     """A run's files with random but known contents."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    values = {"env": env, "seed": seed, "layers": 4, "heads": 4, "t_fixup": True, "runs_dir": str(folder.parent)}
+    values = {"env": env, "seed": seed, "layers": 4, "heads": 4, "t_fixup": True, "memory": "transformer",
+              "runs_dir": str(folder.parent)}
     (folder / "args.json").write_text(json.dumps(values | flags | {"versions": {"torch": str(seed)}}))
     with open(folder / "progress.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, trmrl.COLUMNS)

@@ -188,7 +188,7 @@ def random_stream(seed: int, purpose: str, iteration: int = 0, process: int = 0)
 
 
 def join_processes(args: Args) -> None:
-    """Under torchrun, makes the functions below speak for all processes."""
+    """Under torchrun, makes the functions below speak for all processes. Raises UserError if the tasks do not divide."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     processes = int(os.environ["WORLD_SIZE"])
@@ -598,7 +598,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def rescale_value(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        """Makes mean and deviation of the returns the value head's 0 and 1; what it predicts stays (van Hasselt 2016).
+        """Makes mean and deviation of the returns the value head's 0 and 1; what it predicts stays (PopArt,
+        van Hasselt et al. 2016).
 
         Without it the head first has to climb to the returns' size, and learning waits for it.
         """
@@ -693,7 +694,8 @@ class RL2(Agent):
 
 
 def make_agent(env, args: Args) -> Agent:
-    torch.manual_seed(args.seed)  # for the initial weights; all else draws from random_stream
+    """The agent that args name, on their device; its initial weights follow from their seed."""
+    torch.manual_seed(args.seed)  # for the weights alone: all else draws from random_stream
     shared = (env.num_observations, env.num_actions, args.d_model, args.init_std)
     if args.memory == "gru":
         agent = RL2(*shared)
@@ -830,13 +832,11 @@ def minibatches(trial: Trial, number: int, whole_trials: bool,
                 rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The valid steps, each once, in a number of pairs t (B,), task (B,): drawn from all tasks, or whole trials."""
     t, task = trial.valid.nonzero(as_tuple=True)
-    if whole_trials:
-        for tasks in torch.from_numpy(rng.permutation(trial.valid.shape[1])).to(t.device).tensor_split(number):
-            chosen = torch.isin(task, tasks)
-            yield t[chosen], task[chosen]
-    else:
-        for chosen in torch.from_numpy(rng.permutation(len(t))).to(t.device).tensor_split(number):
-            yield t[chosen], task[chosen]
+    items = trial.valid.shape[1] if whole_trials else len(t)
+    for chosen in torch.from_numpy(rng.permutation(items)).to(t.device).tensor_split(number):
+        if whole_trials:
+            chosen = torch.isin(task, chosen)
+        yield t[chosen], task[chosen]
 
 
 def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, args: Args,
@@ -875,7 +875,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
             value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().sum() / size
             optimizer.zero_grad()
             (policy_loss + value_loss).backward()
-            if distributed.is_initialized():
+            if distributed.is_initialized():  # size counts all processes' steps, so that their gradients add up
                 gradients = [parameter.grad for parameter in agent.parameters()]
                 total = summed(nn.utils.parameters_to_vector(gradients))
                 nn.utils.vector_to_parameters(total, gradients)
@@ -1164,7 +1164,7 @@ def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: 
                 updated = time.monotonic()
                 rewards, success = episode_returns(trial, env.horizon)
                 totals = torch.tensor([trial.valid.sum(), rewards.sum(2).mean(), success.mean(), len(requests)])
-                env_steps, train_return, train_success, stopped = summed(totals.double().to(args.device)).tolist()
+                env_steps, returns, successes, stopped = summed(totals.double().to(args.device)).tolist()
             except RunFailed as error:
                 raise RunFailed(f"iteration {iteration}: {error}; {run} holds the last good checkpoint") from error
 
@@ -1173,14 +1173,14 @@ def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: 
             done = state["env_steps"] >= args.total_timesteps
             if leads:
                 row = {
-                    "train_return": train_return / processes,
+                    "train_return": returns / processes,
                     "rollout_seconds": collected - started,
                     "update_seconds": updated - collected,
                     "learning_rate": learning_rate,
                     **losses,
                 }
                 if env.has_success:
-                    row["train_success"] = train_success / processes
+                    row["train_success"] = successes / processes
                 if (iteration - 1) % args.eval_interval == 0 or done:
                     scores = evaluate(acting_copy(agent), env, args)
                     row |= scores
@@ -1190,8 +1190,8 @@ def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: 
                 for name, value in row.items():
                     board.add_scalar(name, value, state["env_steps"])
                 bar.update(int(env_steps))
-                returns = {"train": train_return / processes} | scores
-                bar.set_postfix({name: f"{value:.3g}" for name, value in returns.items()})
+                shown = {"train": row["train_return"]} | scores
+                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
                 if done or stopped or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save_checkpoint(run, agent, optimizer, state)
                     saved = time.monotonic()
