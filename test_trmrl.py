@@ -990,9 +990,9 @@ def test_a_mistake_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys, 
 
 def test_flags_go_before_an_environments_defaults():
     ant = trmrl.parse(["--env", "AntDir", "--memory=gru"])
-    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.3, 3, 2000)
+    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.3, 6, 2000)
     ant = trmrl.parse(["--env", "AntDir", "--init-std", "0.7", "--memory", "gru", "--minibatch-size", "400"])
-    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.7, 3, 400)
+    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.7, 6, 400)
     assert trmrl.parse([]) == trmrl.Args()
 
 
@@ -1429,6 +1429,25 @@ def test_update_against_large_matrix_products(d_model, heads):
         share = update_flops(agent, 8000) / duration / peak
         print(f"\nupdate, d {d_model}, {heads} heads, {threads} threads: {share:.0%} of a large matrix product's speed")
     torch.set_num_threads(1)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("d_model, heads", [(32, 4), (128, 4), (128, 16)])
+def test_two_processes_against_one(tmp_path, d_model, heads):
+    """torchrun's two processes against one, each with one thread; the same minibatches of 200 steps in all."""
+    flags = ["--d-model", d_model, "--heads", heads, "--update-epochs", 1, "--total-timesteps", 32_000,
+             "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
+    durations = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        assert torchrun(folder, "import sys, trmrl; sys.exit(trmrl.main())", *map(str, flags), processes=processes) == 0
+        rows = progress(next(folder.glob("runs/*")))
+        for name in ("rollout_seconds", "update_seconds"):
+            durations[name, processes] = min(float(row[name]) for row in rows)
+    print(f"\ntwo processes, d {d_model}, {heads} heads: "
+          + ", ".join(f"{name.split('_')[0]} {durations[name, 1] / durations[name, 2]:.2f} times as fast"
+                      for name in ("rollout_seconds", "update_seconds")))
 
 
 @pytest.mark.benchmark
