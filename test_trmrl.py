@@ -429,7 +429,9 @@ def test_the_grus_training_pass_is_its_acting_and_torchs_own_gru():
 @pytest.mark.parametrize("whole_trials", [True, False])
 def test_minibatches_hold_every_step_that_counts_once(whole_trials):
     trial = trial_of(Mortal(1), make_agent(S=1, A=1), tasks=6)
-    batches = list(trmrl.minibatches(trial, 3, whole_trials, np.random.default_rng(0)))
+    batches = list(trmrl.minibatches(trial, 2, 3, whole_trials, np.random.default_rng(0)))
+    assert len(batches) == 6 and batches[0][0].tolist() != batches[3][0].tolist()  # the second epoch is drawn anew
+    batches = batches[3:]
     pairs = [(int(t), int(task)) for batch in batches for t, task in zip(*batch)]
     assert sorted(pairs) == sorted((t, task) for t in range(40) for task in range(6) if trial.valid[t, task])
     tasks = [set(task.tolist()) for _, task in batches]
@@ -599,7 +601,7 @@ def test_the_update_is_ppos(monkeypatch):
         for ours, theirs in zip(agent.parameters(), copy.parameters()):  # so that some ratios are clipped
             ours.add_(0.2 * torch.randn_like(ours))
             theirs.copy_(ours)
-    args = trmrl.Args(minibatch_size=1000, update_epochs=1, max_grad_norm=0.7)
+    args = trmrl.Args(minibatch_size=1000, update_epochs=1, max_grad_norm=0.7, target_kl=None)
     statistics = trmrl.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), trial, args,
                                   np.random.default_rng(0))
     advantages, returns = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)
@@ -636,16 +638,22 @@ def test_rescaling_the_value_head_changes_no_prediction():
     assert agent.return_deviation.item() == pytest.approx(np.std(returns.numpy()), rel=1e-3)
 
 
-def test_a_high_kl_ends_the_epochs():
-    def epochs(target_kl):
+def test_a_high_kl_ends_the_update():
+    def update(target_kl):
+        """The steps it made, and the KL divergence of each minibatch in turn."""
         agent = make_agent(S=1, A=1)
         trial = trial_of(PointMass(1), agent)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
-        trmrl.ppo_update(agent, optimizer, trial, trmrl.Args(minibatch_size=60, update_epochs=5, target_kl=target_kl),
-                         np.random.default_rng(0))
-        return optimizer.state[agent.log_std]["step"].item() / 2
+        args = trmrl.Args(minibatch_size=60, update_epochs=5, target_kl=target_kl)
+        statistics = trmrl.ppo_update(agent, optimizer, trial, args, np.random.default_rng(0))
+        return optimizer.state[agent.log_std]["step"].item(), statistics["approx_kl"]
 
-    assert epochs(None) == 5 and epochs(1e9) == 5 and epochs(1e-9) == 1
+    assert update(None)[0] == update(1e9)[0] == 10
+    assert update(1e-9)[0] == 1  # what has not moved has no divergence
+    steps, mean = update(0.01)
+    assert 1 < steps < 10
+    # The last of the minibatches was not learned from: it is what exceeded the limit.
+    assert 0.01 < mean * (steps + 1) <= 0.01 * (steps + 1)
 
 
 # --- meta-test -------------------------------------------------------------------------------------------------------
@@ -1432,22 +1440,23 @@ def test_update_against_large_matrix_products(d_model, heads):
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("d_model, heads", [(32, 4), (128, 4), (128, 16)])
-def test_two_processes_against_one(tmp_path, d_model, heads):
-    """torchrun's two processes against one, each with one thread; the same minibatches of 200 steps in all."""
-    flags = ["--d-model", d_model, "--heads", heads, "--update-epochs", 1, "--total-timesteps", 32_000,
-             "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
-    durations = {}
-    for processes in (1, 2):
+@pytest.mark.parametrize("d_model, minibatch_size", [(32, 200), (128, 200), (128, 400)])
+def test_two_processes_against_one(tmp_path, d_model, minibatch_size):
+    """Steps a second of torchrun's two processes with one thread each, in minibatches of some steps in all, against one
+    process with one thread, in minibatches of 200."""
+
+    def seconds_per_iteration(processes: int, minibatch_size: int) -> dict[str, float]:
         folder = tmp_path / str(processes)
         folder.mkdir()
+        flags = ["--d-model", d_model, "--minibatch-size", minibatch_size, "--update-epochs", 1,
+                 "--total-timesteps", 32_000, "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
         assert torchrun(folder, "import sys, trmrl; sys.exit(trmrl.main())", *map(str, flags), processes=processes) == 0
         rows = progress(next(folder.glob("runs/*")))
-        for name in ("rollout_seconds", "update_seconds"):
-            durations[name, processes] = min(float(row[name]) for row in rows)
-    print(f"\ntwo processes, d {d_model}, {heads} heads: "
-          + ", ".join(f"{name.split('_')[0]} {durations[name, 1] / durations[name, 2]:.2f} times as fast"
-                      for name in ("rollout_seconds", "update_seconds")))
+        return {name: min(float(row[f"{name}_seconds"]) for row in rows) for name in ("rollout", "update")}
+
+    one, two = seconds_per_iteration(1, 200), seconds_per_iteration(2, minibatch_size)
+    print(f"\ntwo processes, d {d_model}, {minibatch_size // 2} steps a minibatch and process: "
+          + ", ".join(f"{name} {one[name] / two[name]:.2f} times as fast as one process" for name in one))
 
 
 @pytest.mark.benchmark

@@ -104,10 +104,10 @@ class Args:
     learning_rate: float = 5e-4
     """of Adam"""
     anneal_lr: bool = True
-    """lower the learning rate linearly, to 10 % at the end"""
-    gamma: float = 0.97
+    """lower the learning rate linearly, to 0 at the end"""
+    gamma: float = 0.95
     """discount factor"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """λ of generalised advantage estimation"""
     clip_coef: float = 0.2
     """PPO's clipping range of the probability ratio"""
@@ -115,8 +115,8 @@ class Args:
     """passes over an iteration's trials, at most"""
     minibatch_size: int = 200
     """steps a gradient, drawn from all tasks; for the GRU whole trials, at least one"""
-    target_kl: float | None = 0.03
-    """no further epoch once an epoch's mean KL divergence from the old policy exceeds it"""
+    target_kl: float | None = 0.06
+    """an iteration's updates end once the KL divergence of a minibatch from the old policy exceeds it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
     eval_interval: int = 10
@@ -582,9 +582,13 @@ class Agent(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def normalise(self, transitions: torch.Tensor) -> torch.Tensor:
-        """Features with mean 0 and variance 1 over what training has seen, and never beyond ±10."""
+        """Features with mean 0 and variance 1 over what training has seen, and never beyond ±3.
+
+        The limit keeps a task outside of the training distribution inside of what the network knows: the reward of a
+        far target reads as that of the farthest in training, instead of as something never seen.
+        """
         mean, deviation = self.mean.float(), (self.variance + 1e-4).sqrt().float()
-        return ((transitions - mean) / deviation).clamp(-10, 10)
+        return ((transitions - mean) / deviation).clamp(-3, 3)
 
     @torch.no_grad()
     def update_statistics(self, transitions: torch.Tensor) -> None:
@@ -829,15 +833,16 @@ def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tup
     return advantages, advantages + trial.values[:-1]
 
 
-def minibatches(trial: Trial, number: int, whole_trials: bool,
+def minibatches(trial: Trial, epochs: int, number: int, whole_trials: bool,
                 rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The valid steps, each once, in a number of pairs t (B,), task (B,): drawn from all tasks, or whole trials."""
+    """The valid steps, once an epoch, in a number of pairs t (B,), task (B,): drawn from all tasks, or whole trials."""
     t, task = trial.valid.nonzero(as_tuple=True)
     items = trial.valid.shape[1] if whole_trials else len(t)
-    for chosen in torch.from_numpy(rng.permutation(items)).to(t.device).tensor_split(number):
-        if whole_trials:
-            chosen = torch.isin(task, chosen)
-        yield t[chosen], task[chosen]
+    for _ in range(epochs):
+        for chosen in torch.from_numpy(rng.permutation(items)).to(t.device).tensor_split(number):
+            if whole_trials:
+                chosen = torch.isin(task, chosen)
+            yield t[chosen], task[chosen]
 
 
 def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, args: Args,
@@ -862,36 +867,34 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
         number = min(number, trial.valid.shape[1])
     size = count / number  # over all processes
     statistics = []
-    for epoch in range(args.update_epochs):
-        sums = []
-        for t, task in minibatches(trial, number, whole_trials, rng):
-            policy, value = agent(trial, t, task)
-            actions = trial.transitions[t, task, S : S + A]
-            log_ratio = policy.log_prob(actions).sum(1) - trial.log_probs[t, task]
-            ratio = log_ratio.exp()
-            advantage = advantages[t, task]
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).sum() / size
-            # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
-            value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().sum() / size
-            optimizer.zero_grad()
-            (policy_loss + value_loss).backward()
-            if distributed.is_initialized():  # size counts all processes' steps, so that their gradients add up
-                gradients = [parameter.grad for parameter in agent.parameters()]
-                total = summed(nn.utils.parameters_to_vector(gradients))
-                nn.utils.vector_to_parameters(total, gradients)
-            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise RunFailed("the loss or its gradient is not finite")
-            optimizer.step()
-            with torch.no_grad():
-                sums.append(torch.stack([
-                    policy_loss, value_loss, policy.entropy().sum() / size, (ratio - 1 - log_ratio).sum() / size,
-                    ((ratio - 1).abs() > args.clip_coef).sum() / size,
-                ]))
-        statistics.append(summed(torch.stack(sums)).mean(0))
+    for t, task in minibatches(trial, args.update_epochs, number, whole_trials, rng):
+        policy, value = agent(trial, t, task)
+        actions = trial.transitions[t, task, S : S + A]
+        log_ratio = policy.log_prob(actions).sum(1) - trial.log_probs[t, task]
+        ratio = log_ratio.exp()
+        advantage = advantages[t, task]
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).sum() / size
+        # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
+        value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().sum() / size
+        with torch.no_grad():
+            statistics.append(summed(torch.stack([
+                policy_loss, value_loss, policy.entropy().sum() / size, (ratio - 1 - log_ratio).sum() / size,
+                ((ratio - 1).abs() > args.clip_coef).sum() / size,
+            ])))
+        # One episode that went very wrong can carry the policy far away within one epoch.
         if args.target_kl is not None and statistics[-1][3] > args.target_kl:
             break
+        optimizer.zero_grad()
+        (policy_loss + value_loss).backward()
+        if distributed.is_initialized():  # size counts all processes' steps, so that their gradients add up
+            gradients = [parameter.grad for parameter in agent.parameters()]
+            total = summed(nn.utils.parameters_to_vector(gradients))
+            nn.utils.vector_to_parameters(total, gradients)
+        norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RunFailed("the loss or its gradient is not finite")
+        optimizer.step()
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     means = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
     return means | {"explained_variance": explained_variance.item()}
@@ -1151,7 +1154,7 @@ def train(agent: Agent, optimizer: torch.optim.Optimizer, env, args: Args, run: 
             started = time.monotonic()
             iteration = state["iteration"] + 1
             remaining = 1 - state["env_steps"] / args.total_timesteps
-            learning_rate = args.learning_rate * (0.1 + 0.9 * remaining if args.anneal_lr else 1.0)
+            learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             tasks = env.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
