@@ -115,8 +115,8 @@ class Args:
     """passes over an iteration's trials, at most"""
     minibatch_size: int = 200
     """steps a gradient, drawn from all tasks; for the GRU whole trials, at least one"""
-    target_kl: float | None = 0.06
-    """an iteration's updates end once the KL divergence of a minibatch from the old policy exceeds it"""
+    target_kl: float | None = 0.04
+    """an iteration's updates end once their minibatches' mean KL divergence from the old policy exceeds it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
     eval_interval: int = 10
@@ -866,7 +866,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
     if whole_trials:
         number = min(number, trial.valid.shape[1])
     size = count / number  # over all processes
-    statistics = []
+    statistics, divergence = [], 0.0
     for t, task in minibatches(trial, args.update_epochs, number, whole_trials, rng):
         policy, value = agent(trial, t, task)
         actions = trial.transitions[t, task, S : S + A]
@@ -882,8 +882,9 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
                 policy_loss, value_loss, policy.entropy().sum() / size, (ratio - 1 - log_ratio).sum() / size,
                 ((ratio - 1).abs() > args.clip_coef).sum() / size,
             ])))
-        # One episode that went very wrong can carry the policy far away within one epoch.
-        if args.target_kl is not None and statistics[-1][3] > args.target_kl:
+        # Checked at each minibatch: one trial that went very wrong can carry the policy far away within an epoch.
+        divergence += statistics[-1][3]
+        if args.target_kl is not None and divergence > args.target_kl * len(statistics):
             break
         optimizer.zero_grad()
         (policy_loss + value_loss).backward()
