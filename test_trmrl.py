@@ -997,7 +997,7 @@ def test_a_mistake_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys, 
 
 def test_flags_go_before_an_environments_defaults():
     ant = trmrl.parse(["--env", "AntDir", "--memory=gru"])
-    assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.3, 6, 2000)
+    assert (ant.init_std, ant.update_epochs, ant.minibatch_size, ant.total_timesteps) == (0.5, 6, 2000, 2_000_000)
     ant = trmrl.parse(["--env", "AntDir", "--init-std", "0.7", "--memory", "gru", "--minibatch-size", "400"])
     assert (ant.init_std, ant.update_epochs, ant.minibatch_size) == (0.7, 6, 400)
     assert trmrl.parse([]) == trmrl.Args()
