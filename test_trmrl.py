@@ -1371,8 +1371,11 @@ def seconds(work, times: int = 3) -> float:
 
 
 def default_run(**flags):
-    """HalfCheetahVel at the defaults but for some flags: environment, arguments, agent, optimizer and a trial."""
-    args = trmrl.Args(**flags)
+    """HalfCheetahVel at the defaults but for some flags: environment, arguments, agent, optimizer and a trial.
+
+    Without the KL limit, so that an epoch is a whole one.
+    """
+    args = trmrl.Args(target_kl=None, **flags)
     env = trmrl.HalfCheetahVel(1)
     agent = trmrl.make_agent(env, args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -1448,7 +1451,7 @@ def test_two_processes_against_one(tmp_path, d_model, minibatch_size):
         folder = tmp_path / str(processes)
         folder.mkdir()
         flags = ["--d-model", d_model, "--minibatch-size", minibatch_size, "--update-epochs", 1,
-                 "--total-timesteps", 32_000, "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
+                 "--target-kl", None, "--total-timesteps", 32_000, "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
         assert torchrun(folder, "import sys, trmrl; sys.exit(trmrl.main())", *map(str, flags), processes=processes) == 0
         rows = progress(next(folder.glob("runs/*")))
         return {name: min(float(row[f"{name}_seconds"]) for row in rows) for name in ("rollout", "update")}
@@ -1456,6 +1459,15 @@ def test_two_processes_against_one(tmp_path, d_model, minibatch_size):
     one, two = seconds_per_iteration(1, 200), seconds_per_iteration(2, minibatch_size)
     print(f"\ntwo processes, d {d_model}, {minibatch_size // 2} steps a minibatch and process: "
           + ", ".join(f"{name} {one[name] / two[name]:.2f} times as fast as one process" for name in one))
+
+
+@pytest.mark.benchmark
+def test_memory_against_the_transitions_alone():
+    """The trial buffer's bytes a step, whatever N: the transitions, and the little that is kept beside them."""
+    for memory_length in (5, 50):
+        trial = default_run(memory_length=memory_length)[-1]
+        ratio = sum(tensor.nbytes for tensor in vars(trial).values()) / trial.transitions.nbytes
+        print(f"\ntrial buffer at N = {memory_length}: {ratio:.2f} times the transitions")
 
 
 @pytest.mark.benchmark
