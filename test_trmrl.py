@@ -1450,8 +1450,8 @@ def test_two_processes_against_one(tmp_path, d_model, minibatch_size):
     def seconds_per_iteration(processes: int, minibatch_size: int) -> dict[str, float]:
         folder = tmp_path / str(processes)
         folder.mkdir()
-        flags = ["--d-model", d_model, "--minibatch-size", minibatch_size, "--update-epochs", 1,
-                 "--target-kl", None, "--total-timesteps", 32_000, "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
+        flags = ["--d-model", d_model, "--minibatch-size", minibatch_size, "--update-epochs", 1, "--target-kl", None,
+                 "--total-timesteps", 32_000, "--eval-interval", 100, "--test-tasks", 1, "--test-episodes", 1]
         assert torchrun(folder, "import sys, trmrl; sys.exit(trmrl.main())", *map(str, flags), processes=processes) == 0
         rows = progress(next(folder.glob("runs/*")))
         return {name: min(float(row[f"{name}_seconds"]) for row in rows) for name in ("rollout", "update")}
