@@ -96,7 +96,7 @@ def toys(monkeypatch):
 
 def make_agent(S=3, A=2, memory_length=4, keep_memory=False, layers=2, heads=2, d_model=8, t_fixup=True) -> trmrl.TrMRL:
     torch.manual_seed(0)
-    return trmrl.TrMRL(S, A, d_model, 0.5, memory_length, keep_memory, layers, heads, t_fixup)
+    return trmrl.TrMRL(S, A, d_model, 0.5, 3.0, memory_length, keep_memory, layers, heads, t_fixup)
 
 
 def trial_of(env, agent, tasks=3, episodes=2, explore=True, seed=0) -> trmrl.Trial:
@@ -400,7 +400,7 @@ def test_memory_skips_what_follows_a_death_and_crosses_episodes_only_if_kept(kee
 def test_the_grus_training_pass_is_its_acting_and_torchs_own_gru():
     """RL²: log-probabilities of whole trials at once equal those of acting, and torch.nn.GRU on what was not cut off."""
     torch.manual_seed(0)
-    agent = trmrl.RL2(1, 1, 8, 0.5)
+    agent = trmrl.RL2(1, 1, 8, 0.5, 10.0)
     reference = torch.nn.GRU(8, 8)
     reference.load_state_dict({f"{name}_l0": tensor for name, tensor in agent.gru.state_dict().items()})
     trial = trial_of(Mortal(1), agent, tasks=6)
@@ -537,6 +537,9 @@ def test_running_statistics_are_those_of_all_data():
         agent.update_statistics(chunk)
     torch.testing.assert_close(agent.mean, data.double().mean(0))
     torch.testing.assert_close(agent.variance, data.double().var(0, correction=0))
+    deviations = torch.tensor([[-100.0, -3.1, -2.9, 0.0, 1.0, 2.9, 3.1]])
+    limited = agent.normalise((agent.mean + deviations * agent.variance.sqrt()).float())
+    torch.testing.assert_close(limited, torch.tensor([[-3.0, -3.0, -2.9, 0.0, 1.0, 2.9, 3.0]]), rtol=1e-3, atol=1e-3)
 
 
 # --- trials and PPO --------------------------------------------------------------------------------------------------
@@ -978,6 +981,7 @@ def test_a_process_that_is_killed_ends_all(tmp_path):
     (["--gamma", "1.5"], ["--gamma 1.5", "0 to 1"]),
     (["--learning-rate", "nan"], ["--learning-rate nan"]),
     (["--seed", "-1"], ["--seed -1"]),
+    (["--input-limit", "0"], ["--input-limit 0"]),
     (["--target-kl", "0"], ["--target-kl 0"]),
     (["--memory", "gru", "--keep-memory"], ["--keep-memory", "--memory transformer"]),
     (["--device", "abacus"], ["--device abacus"]),

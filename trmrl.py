@@ -99,6 +99,8 @@ class Args:
     """T-Fixup initialisation without LayerNorm (Sec. 3.3); otherwise Xavier and LayerNorm, the arm of Fig. 10"""
     init_std: float = 0.3
     """initial standard deviation of the Gaussian policy; it is learned"""
+    input_limit: float = 3.0
+    """inputs, normalised by their running mean and deviation, are kept within ± this many deviations"""
     total_timesteps: int = 4_000_000
     """environment steps of training"""
     learning_rate: float = 5e-4
@@ -145,7 +147,7 @@ DEFAULTS: dict[str, dict] = {
     "ML1-Reach": META_WORLD,
     "ML1-Push": META_WORLD,
     "ML45-Train": META_WORLD | dict(num_tasks=25, test_tasks=45, eval_interval=20),  # a test task of each environment
-    "gru": dict(init_std=0.5, update_epochs=6, minibatch_size=2000, learning_rate=1e-3),
+    "gru": dict(init_std=0.5, input_limit=10.0, update_epochs=6, minibatch_size=2000, learning_rate=1e-3),
 }
 
 
@@ -155,7 +157,7 @@ def check(args: Args) -> None:
                  "update_epochs", "minibatch_size", "eval_interval", "test_tasks", "test_episodes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: takes a whole number from 1")
-    for name in ("init_std", "learning_rate", "clip_coef", "max_grad_norm"):
+    for name in ("init_std", "input_limit", "learning_rate", "clip_coef", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: takes a positive number")
     for name in ("gamma", "gae_lambda"):
@@ -557,10 +559,10 @@ class Agent(nn.Module):
 
     state_size: int  # of what acting carries from step to step, if anything; training then takes whole trials
 
-    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float):
+    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float, input_limit: float):
         super().__init__()
         features = num_observations + num_actions + 2  # (s, a, r, η)
-        self.num_observations = num_observations
+        self.num_observations, self.input_limit = num_observations, input_limit
         self.phi = nn.Linear(features, d_model)
         self.policy = nn.Linear(d_model, num_actions)
         self.log_std = nn.Parameter(torch.full((num_actions,), math.log(init_std)))
@@ -580,13 +582,13 @@ class Agent(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def normalise(self, transitions: torch.Tensor) -> torch.Tensor:
-        """Features with mean 0 and variance 1 over what training has seen, and never beyond ±3.
+        """Features with mean 0 and variance 1 over what training has seen, and never beyond ± input_limit.
 
         The limit keeps a task outside of the training distribution inside of what the network knows: the reward of a
         far target reads as that of the farthest in training, instead of as something never seen.
         """
         mean, deviation = self.mean.float(), (self.variance + 1e-4).sqrt().float()
-        return ((transitions - mean) / deviation).clamp(-3, 3)
+        return ((transitions - mean) / deviation).clamp(-self.input_limit, self.input_limit)
 
     @torch.no_grad()
     def update_statistics(self, transitions: torch.Tensor) -> None:
@@ -633,9 +635,9 @@ class TrMRL(Agent):
 
     state_size = 0
 
-    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float, memory_length: int,
-                 keep_memory: bool, layers: int, heads: int, t_fixup: bool):
-        super().__init__(num_observations, num_actions, d_model, init_std)
+    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float, input_limit: float,
+                 memory_length: int, keep_memory: bool, layers: int, heads: int, t_fixup: bool):
+        super().__init__(num_observations, num_actions, d_model, init_std, input_limit)
         self.memory_length, self.keep_memory = memory_length, keep_memory
         self.layers = nn.ModuleList(TransformerLayer(d_model, heads, layer_norm=not t_fixup) for _ in range(layers))
         self.register_buffer("positions", sinusoidal_positions(memory_length, d_model), persistent=False)
@@ -673,8 +675,8 @@ class RL2(Agent):
     h_t = GRU(φ(s, a, r, η of step t - 1), h_{t-1}), and the memory at step t is GRU(φ(s_t, PAD, PAD, PAD), h_t).
     """
 
-    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float):
-        super().__init__(num_observations, num_actions, d_model, init_std)
+    def __init__(self, num_observations: int, num_actions: int, d_model: int, init_std: float, input_limit: float):
+        super().__init__(num_observations, num_actions, d_model, init_std, input_limit)
         self.state_size = d_model
         self.gru = nn.GRUCell(d_model, d_model)
 
@@ -699,7 +701,7 @@ class RL2(Agent):
 def make_agent(env, args: Args) -> Agent:
     """The agent that args name, on their device; its initial weights follow from their seed."""
     torch.manual_seed(args.seed)  # for the weights alone: all else draws from random_stream
-    shared = (env.num_observations, env.num_actions, args.d_model, args.init_std)
+    shared = (env.num_observations, env.num_actions, args.d_model, args.init_std, args.input_limit)
     if args.memory == "gru":
         agent = RL2(*shared)
     else:
