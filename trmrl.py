@@ -878,20 +878,20 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, arg
         # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
         value_loss = 0.5 * ((value - returns[t, task]) / agent.return_deviation).square().sum() / size
         with torch.no_grad():
-            statistics.append(summed(torch.stack([
+            statistics.append(torch.stack([
                 policy_loss, value_loss, policy.entropy().sum() / size, (ratio - 1 - log_ratio).sum() / size,
                 ((ratio - 1).abs() > args.clip_coef).sum() / size,
-            ])))
+            ]))
+        optimizer.zero_grad()
+        (policy_loss + value_loss).backward()
+        if distributed.is_initialized():  # size counts all processes' steps, so that their shares add up
+            shares = [parameter.grad for parameter in agent.parameters()] + [statistics[-1]]
+            total = summed(nn.utils.parameters_to_vector(shares))
+            nn.utils.vector_to_parameters(total, shares)
         # Checked at each minibatch: one trial that went very wrong can carry the policy far away within an epoch.
         divergence += statistics[-1][3]
         if args.target_kl is not None and divergence > args.target_kl * len(statistics):
             break
-        optimizer.zero_grad()
-        (policy_loss + value_loss).backward()
-        if distributed.is_initialized():  # size counts all processes' steps, so that their gradients add up
-            gradients = [parameter.grad for parameter in agent.parameters()]
-            total = summed(nn.utils.parameters_to_vector(gradients))
-            nn.utils.vector_to_parameters(total, gradients)
         norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         if not torch.isfinite(norm):
             raise RunFailed("the loss or its gradient is not finite")
