@@ -760,7 +760,7 @@ def test_a_run_folder_holds_what_others_rely_on(tmp_path, capsys):
     assert [row["env_steps"] for row in rows] == ["80", "160", "240", "320", "400"]
     assert [bool(row["test_return"]) for row in rows] == [True, False, True, False, True]
     assert float(rows[0]["learning_rate"]) == trmrl.Args.learning_rate
-    assert float(rows[-1]["learning_rate"]) == pytest.approx(trmrl.Args.learning_rate * (0.1 + 0.9 * 0.2))
+    assert float(rows[-1]["learning_rate"]) == pytest.approx(trmrl.Args.learning_rate * 0.2)
     board = EventAccumulator(str(folder)).Reload()
     for name in ("train_return", "test_return", "approx_kl"):
         expected = [float(row[name]) for row in rows if row[name]]
