@@ -931,7 +931,9 @@ def torchrun(folder: Path, code: str, *flags, processes: int = 2, **environment)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(processes), "script.py"]
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([*launcher, *flags], cwd=folder, env=environment, capture_output=True).returncode
+    ended = subprocess.run([*launcher, *flags], cwd=folder, env=environment, capture_output=True, text=True)
+    print(ended.stderr)  # shown if the test fails
+    return ended.returncode
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):
@@ -1350,8 +1352,9 @@ def test_plot_needs_neither_torch_nor_trmrl():
 
 def test_figures_of_real_runs(tmp_path, capsys):
     """From the command line to the pictures: short runs that differ in one flag, and one of RL²."""
-    flags = ["--env", "PointMass", *TINY, "--total-timesteps", "160"]
-    rl2 = run(tmp_path / "runs", *flags, "--memory", "gru", "--layers", "1", "--learning-rate", "5e-4")
+    flags = ["--env", "PointMass", *TINY, "--total-timesteps", "160", "--init-std", "0.5", "--input-limit", "3",
+             "--update-epochs", "3", "--learning-rate", "5e-4"]
+    rl2 = run(tmp_path / "runs", *flags, "--memory", "gru", "--layers", "1")
     assert plot.main([str(rl2), "--out", str(tmp_path / "rl2")]) == 0
     assert "attention: left out" in capsys.readouterr().out
     folders = [rl2, *(run(tmp_path / "runs", *flags, "--layers", layers) for layers in ("1", "2"))]
