@@ -1,8 +1,8 @@
 """TrMRL in one file: "Transformers are Meta-Reinforcement Learners" (Melo, ICML 2022).
 
 At each step the agent embeds its last N transitions (s, a, r, η) as working memories, a causal transformer refines them
-layer by layer into an episodic memory, and the last one conditions a Gaussian policy. PPO trains it on trials: E episodes
-of one task, concatenated. At meta-test the weights are frozen; adapting is attention alone.
+layer by layer into an episodic memory, and the last one conditions a Gaussian policy. PPO trains it on trials: E
+episodes of one task, concatenated. At meta-test the weights are frozen; adapting is attention alone.
 
     python trmrl.py --env HalfCheetahVel --layers 4     train, meta-test, write runs/<name>/
     python trmrl.py --resume runs/<name>                go on from the last checkpoint
@@ -22,7 +22,6 @@ App. B         tasks and environments      HalfCheetahVel, AntDir, MetaWorld
 Sec. 5.1       meta-training               train
 """
 
-import collections
 import contextlib
 import functools
 import itertools
@@ -35,7 +34,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -48,8 +47,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AutoresetMode, VectorEnv
-from torch import distributed, nn
+from numpy.random import Generator
+from torch import Tensor, distributed, nn
 from torch.distributions import Normal
+from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -82,15 +83,13 @@ class Args:
     eval_interval: int = 10  # iterations between two evaluations on test and OOD tasks, one episode each
     test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again
     test_episodes: int = 6  # episodes a task in the meta-test (Fig. 5); the refinement analysis takes half of them
-    runs_dir: Path = Path("runs")  # where the run's folder is made
+    runs_dir: str = "runs"  # where the run's folder is made
     device: str = "cpu"  # where the network is trained, as torch names it; it always acts on the CPU
-    resume: Path | None = None  # a run's folder: go on from its checkpoint; other flags replace the run's own
-    test: Path | None = None  # a run's folder: only repeat the meta-tests of its checkpoint
+    resume: str | None = None  # a run's folder: go on from its checkpoint; other flags replace the run's own
+    test: str | None = None  # a run's folder: only repeat the meta-tests of its checkpoint
 
 
 # --- Agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy and value (Alg. 1) ----------
-
-
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
     linear = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(linear.weight)
@@ -110,11 +109,9 @@ class TransformerLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
-    def forward(self, queries: torch.Tensor, memories: torch.Tensor, mask: torch.Tensor) -> tuple:
-        """Refines queries (B, Q, d), the last Q of memories (B, N, d). Returns them and α (B, ω, Q, N) of Eq. 4.
-
-        mask (B, 1, Q, N) is M of Eq. 1, to be added: 0 where a memory may be attended to, else a very negative number.
-        """
+    def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple:
+        """Refines queries (B, Q, d), the last Q of memories (B, N, d); returns them and α (B, ω, Q, N) of Eq. 4.
+        mask (B, 1, Q, N) is M of Eq. 1, in logarithms: 0 where a query may attend, else a very negative number."""
         split = (self.heads, -1)
         Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, Q, d/ω)
         K = self.key(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
@@ -132,8 +129,7 @@ def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
 
     The paper's N in 0.67 N^(-1/4) is the number of layers, L here. "The linear projection matrices in each attention
     block" are W_v and W_o: queries and keys stay Xavier, as in Huang et al. (the authors' code scales them too).
-    The input embedding's further (9 L)^(-1/4) is Huang et al.'s; the paper leaves it out.
-    """
+    The input embedding's further (9 L)^(-1/4) is Huang et al.'s; the paper leaves it out."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
     phi.weight *= (9 * L) ** -0.25
@@ -142,14 +138,14 @@ def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
             linear.weight *= 0.67 * L**-0.25
 
 
-def sinusoidal_positions(length: int, d_model: int) -> torch.Tensor:
+def sinusoidal_positions(length: int, d_model: int) -> Tensor:
     """Positional encoding (length, d) of Vaswani et al. (2017), Sec. 3.5."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(0, d_model, 2) / d_model)
     angles = torch.arange(length)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model]
 
 
-def mean_and_std(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, at least 0.01, from the sums (3, ...) of 1, x and x²."""
     mean, square = sums[1:] / sums[0]
     return mean.float(), (square - mean**2).clamp(min=1e-4).sqrt().float()
@@ -159,8 +155,7 @@ class Agent(nn.Module):
     """φ, the transformer over the last N working memories, a Gaussian policy and a value on the last episodic memory.
 
     A transition is a row (s, a, r, η) of S + A + 2 numbers. A trial's transitions are (T + 1, n, S + A + 2), one row a
-    step and task; the last holds the observation after the trial. t (B,) and task (B,) pick steps of it.
-    """
+    step and task; the last holds the observation after the trial. t (B,) and task (B,) pick steps of it."""
 
     method = "TrMRL"  # as args.json and the figures call it
 
@@ -171,7 +166,7 @@ class Agent(nn.Module):
         self.memory_length, self.input_limit = args.memory_length, args.input_limit
         self.phi = nn.Linear(S + A + 2, args.d_model)
         nn.init.zeros_(self.phi.bias)
-        layers = [TransformerLayer(args.d_model, args.heads, not args.t_fixup) for _ in range(args.layers)]
+        layers = (TransformerLayer(args.d_model, args.heads, layer_norm=not args.t_fixup) for _ in range(args.layers))
         self.layers = nn.ModuleList(layers)
         if args.t_fixup:
             t_fixup_(self.phi, self.layers)
@@ -179,23 +174,20 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.policy.weight, 0.01)  # start by exploring around zero
         self.log_std = nn.Parameter(torch.full((A,), math.log(args.init_std)))
         self.value = xavier_linear(args.d_model, 1)
-        N = args.memory_length
-        self.register_buffer("positions", sinusoidal_positions(N, args.d_model), persistent=False)
-        self.register_buffer("causal", torch.ones(N, N, dtype=torch.bool).tril(), persistent=False)
-        # The sums of 1, x and x² over all transitions so far, as if one with mean 0 and square 1 had been seen.
-        sums = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-        self.register_buffer("sums", sums[:, None].repeat(1, S + A + 2))
-        # What the value head's 0 and 1 stand for.
-        self.register_buffer("return_mean", torch.zeros(()))
-        self.register_buffer("return_std", torch.ones(()))
+        self.register_buffer("positions", sinusoidal_positions(args.memory_length, args.d_model))
+        self.register_buffer("causal", torch.ones(args.memory_length, args.memory_length, dtype=torch.bool).tril())
+        # Sums of 1, x and x² over all transitions so far; they start as those of a single one, of mean 0 and square 1.
+        self.register_buffer("sums", torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64).repeat(1, S + A + 2))
+        self.register_buffer("return_mean", torch.zeros(()))  # what the value head's 0 stands for,
+        self.register_buffer("return_std", torch.ones(()))  # and its 1
 
-    def normalise(self, transitions: torch.Tensor) -> torch.Tensor:
+    def normalise(self, transitions: Tensor) -> Tensor:
         """Features with mean 0 and deviation 1 over what training has seen, and never beyond ± input_limit."""
         mean, std = mean_and_std(self.sums)
         return ((transitions - mean) / std).clamp(-self.input_limit, self.input_limit)
 
     @torch.no_grad()
-    def rescale_value(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+    def rescale_value(self, mean: Tensor, std: Tensor) -> None:
         """Makes the returns' mean and deviation the value head's 0 and 1; what it predicts stays (PopArt, van Hasselt
         et al. 2016). Without it the head first has to climb to the returns' size, and learning waits for it."""
         self.value.weight *= self.return_std / std
@@ -203,19 +195,17 @@ class Agent(nn.Module):
         self.return_mean.copy_(mean)
         self.return_std.copy_(std)
 
-    def working_memories(self, windows: torch.Tensor) -> torch.Tensor:
+    def working_memories(self, windows: Tensor) -> Tensor:
         """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
         x[:, -1, self.num_observations :] = 0  # Alg. 1: the current one is (s_next, a_PAD, r_PAD, η_PAD)
         return self.phi(x)
 
-    def refine(self, windows: torch.Tensor, filled: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The current memory after each layer (Eq. 6), e⁰ to e^L, each (B, d), and each layer's α from it, (B, ω, N).
-
-        filled (B, N) is False at PAD slots of windows (B, N, S + A + 2); no filled slot attends to them.
-        """
+    def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The current memory after each layer (Eq. 6), e⁰ to e^L, each (B, d); each layer's α from it, (B, ω, N)."""
+        windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # (B, N, d)
-        # Finite, as a PAD slot sees nothing at all and its softmax must sum over something; nobody reads what it makes.
+        # Nobody attends to a PAD. It sees nothing itself; as the mask is finite, its softmax is not 0 / 0. None reads it.
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
         for layer in self.layers:
@@ -225,87 +215,56 @@ class Agent(nn.Module):
             attention.append(alpha[:, :, -1])
         return memories, attention
 
-    def episodic_memories(self, transitions: torch.Tensor, t: torch.Tensor, task: torch.Tensor) -> tuple[list, list]:
-        """What refine returns, at steps t (B,) of tasks (B,)."""
-        return self.refine(*retrieve(transitions, t, task, self.memory_length, self.horizon))
-
-    def heads(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The policy's mean (B, A) and the value (B,) of an episodic memory (B, d)."""
+    def heads(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the policy π(a | e^L), (B, A), and the value (B,), of episodic memories (B, d)."""
         return self.policy(memory), self.value(memory)[:, 0] * self.return_std + self.return_mean
 
-    def forward(self, transitions: torch.Tensor, t: torch.Tensor, task: torch.Tensor) -> tuple[Normal, torch.Tensor]:
-        """π(a | e^L) over (B, A) and the value (B,)."""
-        memories, _ = self.episodic_memories(transitions, t, task)
-        mean, value = self.heads(memories[-1])
-        return Normal(mean, self.log_std.exp(), validate_args=False), value
+    def forward(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        memories, _ = self.refine(transitions, t, task)
+        return self.heads(memories[-1])
 
     @torch.inference_mode()
-    def act(self, transitions: torch.Tensor, t: int, state) -> tuple[torch.Tensor, torch.Tensor, object]:
-        """The policy's mean and the value of all n tasks at step t, and a state to be given back at the next.
-
+    def act(self, transitions: Tensor, t: int, state) -> tuple[Tensor, Tensor, object]:
+        """The same for all n tasks at step t, and a state, at first None, to be given back at the next step.
         TrMRL carries none, its memory is the window; RL² does (baselines/rl2.py)."""
         n = transitions.shape[1]
-        memories, _ = self.episodic_memories(transitions, torch.full((n,), t), torch.arange(n))
-        return *self.heads(memories[-1]), state
+        return *self(transitions, torch.full((n,), t), torch.arange(n)), state
 
 
 # --- A trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task ---------------------------------------
-
-
-def retrieve(transitions: torch.Tensor, t: torch.Tensor, task: torch.Tensor, N: int, horizon: int) -> tuple:
-    """The N - 1 most recent transitions of the episode and the current one (Alg. 1, Sec. 5.1: an episode starts empty).
-
-    Returns windows (B, N, S + A + 2), the current step last, and filled (B, N), False at the PADs in front.
-    """
-    last_start = len(transitions) - 1 - horizon
-    start = (t // horizon * horizon).clamp(max=last_start)  # the step after the trial belongs to its last episode
+def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple:
+    """The N - 1 most recent transitions of the episode and the current one (Alg. 1; Sec. 5.1: an episode starts empty).
+    Returns windows (B, N, S + A + 2), the current step last, and filled (B, N), False at the PADs in front."""
+    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)  # the episode's; T is of the last one
     steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
     return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
 
 
 @dataclass
 class Trial:
-    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. Every transition is stored once."""
+    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. A transition is stored once."""
 
-    transitions: torch.Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last row holds the observation after the trial
-    log_probs: torch.Tensor  # (T, n) of the actions taken
-    values: torch.Tensor  # (T + 1, n)
-    valid: torch.Tensor  # (T, n), False from an early termination to the end of its episode
-    success: torch.Tensor  # (T, n), 1 or 0, NaN where the environment does not say
+    transitions: Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last row holds the observation after the trial
+    log_probs: Tensor  # (T, n) of the actions taken
+    values: Tensor  # (T + 1, n)
+    valid: Tensor  # (T, n), False from an early termination to the end of its episode
+    success: Tensor  # (T, n), 1 or 0, NaN where the environment does not say
 
     @property
-    def rewards(self) -> torch.Tensor:
+    def rewards(self) -> Tensor:
         return self.transitions[:-1, :, -2]  # (T, n), 0 where not valid
 
-    def to(self, device: str) -> "Trial":
-        return Trial(*(tensor.to(device) for tensor in vars(self).values()))
 
-
-@contextlib.contextmanager
-def one_thread():
-    """A step of acting is too small to share, and a thread of torch's that waits for more takes a simulator's core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@one_thread()
-def collect_trial(
-    agent: Agent, envs: VectorEnv, tasks: np.ndarray, episodes: int, rng: np.random.Generator, explore: bool
-) -> Trial:
-    """Alg. 1 for n tasks (n, ·) at once; actions are the policy's mean if not explore.
-
-    Raises RunFailed if the simulator returns a NaN or an infinity.
-    """
+def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
+    """Alg. 1 for n tasks (n, ·) at once, E episodes of each; actions are the policy's mean if not explore.
+    Raises RunFailed if the simulator returns a NaN or an infinity."""
     n, S, A = len(tasks), envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    T = episodes * envs.horizon
+    T = E * envs.horizon
     transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1
     means, values = np.zeros((T, n, A), dtype=np.float32), np.zeros((T + 1, n), dtype=np.float32)
     valid, success = np.zeros((T, n), dtype=bool), np.zeros((T, n), dtype=np.float32)
     memory = torch.from_numpy(transitions)  # the same numbers, as torch sees them
-    std = agent.log_std.detach().exp()
-    state = None
+    std, state = agent.log_std.detach().exp(), None
     for t in range(T):
         if t % envs.horizon == 0:
             observations, _ = envs.reset(seed=int(rng.integers(2**31)), options={"tasks": tasks})
@@ -322,8 +281,7 @@ def collect_trial(
         alive = alive & ~terminated
         observations[~alive] = 0.0  # nothing follows a termination
     transitions[T, :, :S] = observations
-    # The trial's end is a truncation: what would follow is worth V. After a termination nothing would.
-    values[T] = agent.act(memory, T, state)[1] * alive
+    values[T] = agent.act(memory, T, state)[1] * alive  # V follows the trial's end, which is a truncation; not a death
     if not np.isfinite(transitions).all():
         raise RunFailed("the simulator returned a NaN or an infinity; resuming would repeat it")
     log_probs = Normal(torch.from_numpy(means), std).log_prob(memory[:-1, :, S : S + A]).sum(2)
@@ -331,10 +289,8 @@ def collect_trial(
 
 
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
-
-
-def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """x, replaced by its sum over torchrun's processes, if there are any. Raises RunFailed if one of them is gone."""
+def all_reduce(x: Tensor) -> Tensor:
+    """x, replaced by its sum over torchrun's processes, if there are any. Raises RunFailed if one is gone."""
     if distributed.is_initialized():
         try:
             distributed.all_reduce(x)
@@ -343,53 +299,43 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def sums_of(x: torch.Tensor) -> torch.Tensor:
-    """1, x and x² summed over the first axis of all processes' x, (3, ...), for mean_and_std."""
+def sums_of(x: Tensor) -> Tensor:
+    """1, x and x² summed over the first axis, and over all processes: (3, ...), for mean_and_std."""
     x = x.double()
     return all_reduce(torch.stack([torch.ones_like(x), x, x * x]).sum(1))
 
 
-def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
+def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation along the whole trial, through the episodes' ends; both (T, n).
 
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
-    trajectory" (Sec. 5.1). What an early termination cuts off counts as steps without reward: if the trial's clock
-    stopped there, the next episode would begin at once, and to die would cost nothing.
-    """
+    trajectory" (Sec. 5.1). What a death cuts off passes as steps without reward: else dying would cost nothing."""
     advantages = torch.zeros_like(trial.rewards)
-    next_value, next_advantage = trial.values[-1], torch.zeros_like(trial.values[-1])
-    for t in reversed(range(len(trial.rewards))):
-        valid = trial.valid[t]
-        delta = trial.rewards[t] + gamma * next_value - trial.values[t]
-        advantages[t] = torch.where(valid, delta + gamma * gae_lambda * next_advantage, 0.0)
-        next_advantage = torch.where(valid, advantages[t], gamma * gae_lambda * next_advantage)
-        next_value = torch.where(valid, trial.values[t], gamma * next_value)
+    next_value, advantage = trial.values[-1], 0.0
+    for t in reversed(range(len(advantages))):
+        value = torch.where(trial.valid[t], trial.values[t], gamma * next_value)
+        delta = trial.rewards[t] + gamma * next_value - value
+        advantage = delta + gamma * gae_lambda * advantage
+        advantages[t], next_value = advantage, value
     return advantages, advantages + trial.values[:-1]
 
 
-def clipped_objective(ratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> torch.Tensor:
+def clipped_objective(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """PPO's objective of each step (Schulman et al. 2017, Eq. 7), to be maximised."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def ppo_update(
-    agent: Agent, optimizer: torch.optim.Optimizer, trial: Trial, args: Args, rng: np.random.Generator
-) -> dict[str, float]:
+def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator) -> dict:
     """Up to update_epochs passes over the trials' valid steps, in minibatches that mix all tasks; returns statistics.
-
-    Raises RunFailed if returns, a loss or its gradient are not finite, before the step that they would have spoilt.
-    """
+    Raises RunFailed if a gradient is not finite, before the step that it would have spoilt."""
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
     return_sums = sums_of(returns[t, task])
-    if not torch.isfinite(return_sums).all():
-        raise RunFailed("the returns are not finite")
     agent.rescale_value(*mean_and_std(return_sums))
     mean, std = mean_and_std(sums_of(advantages[t, task]))
     explained_variance = 1 - (std / agent.return_std) ** 2  # an advantage is a return less its value
     advantages = (advantages - mean) / std
-
     S, A = agent.num_observations, len(agent.log_std)
     number = math.ceil(return_sums[0].item() / args.minibatch_size)  # of minibatches an epoch
     size = return_sums[0].float() / number  # over all processes
@@ -397,7 +343,8 @@ def ppo_update(
     statistics, gradient_steps = [], 0
     for chosen in itertools.chain(*epochs):
         at = t[chosen], task[chosen]
-        policy, value = agent(trial.transitions, *at)
+        mean, value = agent(trial.transitions, *at)
+        policy = Normal(mean, agent.log_std.exp())
         log_ratio = policy.log_prob(trial.transitions[at][:, S : S + A]).sum(1) - trial.log_probs[at]
         ratio = log_ratio.exp()
         policy_loss = -clipped_objective(ratio, advantages[at], args.clip_coef).sum() / size
@@ -405,11 +352,9 @@ def ppo_update(
         value_loss = 0.5 * ((value - returns[at]) / agent.return_std).square().sum() / size
         optimizer.zero_grad()
         (policy_loss + value_loss).backward()
-        with torch.no_grad():
-            approx_kl = (ratio - 1 - log_ratio).sum() / size
-            clip_fraction = ((ratio - 1).abs() > args.clip_coef).sum() / size
-            entropy = policy.entropy().sum() / size
-            statistics.append(torch.stack([policy_loss, value_loss, entropy, approx_kl, clip_fraction]))
+        approx_kl, clipped = (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_coef).sum()
+        losses = policy_loss, value_loss, policy.entropy().sum() / size, approx_kl / size, clipped / size
+        statistics.append(torch.stack(losses).detach())
         if distributed.is_initialized():  # size counts all processes' steps, so that their shares add up
             shares = [parameter.grad for parameter in agent.parameters()] + [statistics[-1]]
             nn.utils.vector_to_parameters(all_reduce(nn.utils.parameters_to_vector(shares)), shares)
@@ -418,126 +363,95 @@ def ppo_update(
             break
         norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         if not torch.isfinite(norm):
-            raise RunFailed("the loss or its gradient is not finite")
+            raise RunFailed("the gradient is not finite")
         optimizer.step()
         gradient_steps += 1
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
-    means = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    return means | {"explained_variance": explained_variance.item(), "gradient_steps": gradient_steps}
+    row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
+    return row | {"explained_variance": explained_variance.item(), "gradient_steps": gradient_steps}
 
 
-# --- Meta-tests with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) --------------
-
-
-def random_stream(seed: int, purpose: str, iteration: int = 0, process: int = 0) -> np.random.Generator:
-    """Random numbers that depend on nothing but the arguments, so that a resumed run draws what an unbroken one would."""
+# --- Meta-tests with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) -------------
+def random_stream(seed: int, purpose: str, iteration: int = 0, process: int = 0) -> Generator:
+    """Random numbers that depend on the arguments alone, so that a resumed run draws what an unbroken one would."""
     purposes = ("train tasks", "train", "test tasks", "ood tasks", "meta-test", "refinement")
     return np.random.default_rng([seed, purposes.index(purpose), iteration, process])
 
 
 def episode_results(trial: Trial, episodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of every step (n, E, H), and whether each episode (n, E) ever succeeded: 1, 0 or NaN."""
-    rewards = trial.rewards.T.unflatten(1, (episodes, -1))
-    success = trial.success.T.unflatten(1, (episodes, -1))
-    return rewards.numpy(), np.fmax.reduce(success.numpy(), axis=2)
+    rewards, success = (x.T.unflatten(1, (episodes, -1)).cpu().numpy() for x in (trial.rewards, trial.success))
+    return rewards, np.fmax.reduce(success, axis=2)
 
 
 def meta_test(agent: Agent, envs: VectorEnv, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
     """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of the run's held-out tasks, by mean actions.
 
     Returns for "test" and, where there are such tasks, "ood": rewards (tasks, episodes, H), success (tasks, episodes),
-    tasks (tasks, ·) and observations (tasks, H, S) of the first episode.
-    """
-    splits = [split for split in envs.splits if split != "train"]
-    streams = [random_stream(args.seed, f"{split} tasks") for split in splits]  # which training never touches
-    tasks = [envs.sample_tasks(split, args.test_tasks, stream) for split, stream in zip(splits, streams)]
-    rng = random_stream(args.seed, "meta-test")
-    trial = collect_trial(agent, envs, np.concatenate(tasks), episodes, rng, explore=False)
-    rewards, success = episode_results(trial, episodes)
-    observations = trial.transitions[: envs.horizon, :, : agent.num_observations].transpose(0, 1).numpy()
-    results = {"rewards": rewards, "success": success, "tasks": np.concatenate(tasks), "observations": observations}
-    shares = {name: np.split(array, len(splits)) for name, array in results.items()}
-    return {split: {name: share[i] for name, share in shares.items()} for i, split in enumerate(splits)}
+    tasks (tasks, ·) and observations (tasks, H, S) of the first episode."""
+    results = {}
+    for split in envs.splits[1:]:
+        tasks = envs.sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
+        trial = collect_trial(agent, envs, tasks, episodes, random_stream(args.seed, "meta-test"), explore=False)
+        rewards, success = episode_results(trial, episodes)
+        observations = trial.transitions[: envs.horizon, :, : agent.num_observations].transpose(0, 1).numpy()
+        results[split] = dict(rewards=rewards, success=success, tasks=tasks, observations=observations)
+    return results
 
 
 @torch.no_grad()
 def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dict[str, np.ndarray]]:
     """What the memories of each layer hold, for refinement.npz, working_memories.npz and attention.npz.
 
-    Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear model
-    from e^l to the policy's mean action, fitted on the first two thirds of the tasks, tested on the others.
-    Fig. 8, latents: φ of whole transitions. Attention: what the current memory attends to, averaged over all steps.
-    """
+    Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
+    model from e^l to the policy's mean action, fitted on the first two thirds of the tasks, tested on the others.
+    Fig. 8, latents: φ of whole transitions. Attention: what the current memory attends to, averaged over all steps."""
     rng = random_stream(args.seed, "refinement")
     tasks = envs.sample_tasks("test", args.test_tasks + math.ceil(args.test_tasks / 2), rng)
     trial = collect_trial(agent, envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
     t, task = trial.valid.nonzero(as_tuple=True)
     memories, attention = [], []
     for chosen in torch.arange(len(t)).split(4096):
-        some_memories, some_attention = agent.episodic_memories(trial.transitions, t[chosen], task[chosen])
+        some_memories, some_attention = agent.refine(trial.transitions, t[chosen], task[chosen])
         memories.append(torch.stack(some_memories))
         if some_attention:
             attention.append(torch.stack(some_attention).mean(2))  # (L, B, N), over heads
     memories = torch.cat(memories, dim=1)  # (L + 1, steps, d)
     representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
     experts = agent.policy(memories[-1]).double().numpy()  # (steps, A)
-
     fitted = task.numpy() < args.test_tasks
     regression_mse = []
     for memory in memories.double().numpy():
         features = np.concatenate([memory, np.ones((len(memory), 1))], axis=1)
         weights = np.linalg.lstsq(features[fitted], experts[fitted])[0]
         regression_mse.append(np.square(features[~fitted] @ weights - experts[~fitted]).mean())
-
     sample = (t < envs.horizon) & (t % 5 == 0)  # enough for a picture
     embedding = agent.phi(agent.normalise(trial.transitions[t[sample], task[sample]]))
-    labels = tasks[task[sample].numpy(), 0]  # a task is known by its first number
-    files = {
-        "refinement": {
-            "representation_error": representation_error.numpy(),
-            "regression_mse": np.array(regression_mse),
-        },
-        "working_memories": {"embedding": embedding.numpy(), "task": labels},
-    }
+    files = {"working_memories": {"embedding": embedding.numpy(), "task": tasks[task[sample].numpy(), 0]}}
+    errors = {"representation_error": representation_error.numpy(), "regression_mse": np.array(regression_mse)}
     if attention:
         files["attention"] = {"weights": torch.cat(attention, dim=1).mean(1).numpy()}  # (L, N)
-    return files
+    return files | {"refinement": errors}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks and environments (App. B)
-#
-# A task distribution is a gymnasium.Env with Box spaces and three things more:
-#   horizon                               H; every episode is cut off there
-#   splits                                "train", "test" and, where there are such tasks, "ood"
-#   sample_tasks(split, n, rng)           tasks (n, ·), numbers that say what is to be done
-# Its attribute task, a row of those, is set before each reset. info["success"], if step gives it, is of the moment.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def mujoco_env(name: str, **options) -> gymnasium.Env:
-    env = gymnasium.make(name, **options).unwrapped  # the time limit is our horizon
-    # A simulation that diverged must be seen as one; by default MuJoCo quietly starts it anew.
-    env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
-    return env
-
-
+# --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
+# A task distribution is a gymnasium.Env with Box spaces and three things more: horizon, the steps of an episode; splits,
+# ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), tasks (n, ·), numbers that say what is to be done.
+# Its attribute task, a row of those, is set before each reset. info["success"], if there is one, is of the moment.
 class HalfCheetahVel(gymnasium.Wrapper):
     """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
 
-    horizon = 200
-    splits = ("train", "test", "ood")
+    horizon, splits = 200, ("train", "test", "ood")
 
     def __init__(self, seed: int):
-        super().__init__(mujoco_env("HalfCheetah-v5"))
+        super().__init__(gymnasium.make("HalfCheetah-v5").unwrapped)  # without its own horizon
+        self.env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a diverged simulation must be seen
 
-    def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
-        low, high = (3.0, 4.0) if split == "ood" else (0.0, 3.0)
-        return rng.uniform(low, high, (n, 1))
+    def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
+        return rng.uniform(3.0, 4.0, (n, 1)) if split == "ood" else rng.uniform(0.0, 3.0, (n, 1))
 
     def step(self, action: np.ndarray) -> tuple:
-        # What gymnasium's own step does, less the reward and the info that nobody reads: a third of its time.
-        before = self.env.data.qpos[0]
+        before = self.env.data.qpos[0]  # gymnasium's own step, but for its reward and info, a third of its time
         self.env.do_simulation(action, self.env.frame_skip)
         velocity = (self.env.data.qpos[0] - before) / self.env.dt
         reward = -abs(velocity - self.task[0]) - 0.05 * np.dot(action, action)
@@ -547,18 +461,17 @@ class HalfCheetahVel(gymnasium.Wrapper):
 class AntDir(gymnasium.Wrapper):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
 
-    A task is the goal's angle in radians. The episode ends where the torso's height leaves [0.2, 1] m, or where the
-    state is not finite.
-    """
+    A task is the goal's angle in radians. An episode ends where the torso's height leaves [0.2, 1] m or the state is
+    not finite. The authors' goals, ±1 radian, share cos 1 = 54 % of the way; the paper says forward or backward."""
 
-    horizon = 200
-    splits = ("train", "test")
-    angles = (0.0, math.pi)
+    horizon, splits = 200, ("train", "test")
 
-    def __init__(self, seed: int):
-        super().__init__(mujoco_env("Ant-v5", include_cfrc_ext_in_observation=False))
+    def __init__(self, seed: int, angles: tuple[float, float] = (0.0, math.pi)):
+        super().__init__(gymnasium.make("Ant-v5", include_cfrc_ext_in_observation=False).unwrapped)
+        self.env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        self.angles = angles
 
-    def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
         return np.resize(self.angles, (n, 1))  # the two in turn, so that each batch holds both
 
     def step(self, action: np.ndarray) -> tuple:
@@ -568,40 +481,29 @@ class AntDir(gymnasium.Wrapper):
         return observation, reward if np.isfinite(reward) else 0.0, terminated, truncated, info
 
 
-class AntDir57(AntDir):
-    """The authors' code: goals at ±1 radian, which share cos 1 = 54 % of the way; the paper says forward or backward."""
-
-    angles = (1.0, -1.0)
-
-
-@functools.cache
-def meta_world_goals(name: str, seed: int) -> list:
-    """The 50 goals of training and the 50 held out of a MetaWorld environment; takes a second."""
-    benchmark = metaworld.ML1(name, seed)
-    return benchmark.train_tasks + benchmark.test_tasks
-
-
 class MetaWorld(gymnasium.Env):
     """MetaWorld's ML1 (one environment, 50 training goals and 50 held out) and ML45-Train (45, tested as trained).
 
-    A task is a number, 100 · environment + goal, goals from 50 on being held out. The goal's position is hidden: the
-    benchmark zeroes it in the observation.
-    """
+    A task is a number, 100 · environment + goal, goals from 50 on being held out. The observation hides the goal."""
 
-    horizon = 500
-    splits = ("train", "test")
+    horizon, splits = 500, ("train", "test")
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,))
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,))
-    # By name, those of this process that no copy is using: one takes 24 MB, and 0.2 s to build.
-    idle_simulators: dict[str, list] = collections.defaultdict(list)
+    idle: dict[str, list] = {}  # this process's simulators that no copy is using, by name: 24 MB and 0.2 s each
 
     def __init__(self, names: tuple[str, ...], held_out: bool, seed: int):
         self.names, self.held_out, self.seed = names, held_out, seed
         self.name = self.simulator = None
 
-    def sample_tasks(self, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
-        """No environment twice before each came once, and no goal either. In order of the environments, so that a
-        process, which takes neighbours, needs few of the simulators."""
+    @functools.cache
+    @staticmethod
+    def goals(name: str, seed: int) -> list:
+        """An environment's 50 goals of training, then the 50 held out; takes a second."""
+        benchmark = metaworld.ML1(name, seed)
+        return benchmark.train_tasks + benchmark.test_tasks
+
+    def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
+        """No environment or goal twice before each came once; in order, as neighbours share a process's simulators."""
         environments = np.sort(np.resize(rng.permutation(len(self.names)), n))
         goals = np.resize(rng.permutation(50), n) + (50 if split == "test" and self.held_out else 0)
         return (100 * environments + goals)[:, None]
@@ -609,58 +511,98 @@ class MetaWorld(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         environment, goal = divmod(int(self.task[0]), 100)
         if self.name != self.names[environment]:
-            if self.simulator:
-                self.idle_simulators[self.name].append(self.simulator)
+            self.idle.setdefault(self.name, []).append(self.simulator)
             self.name = self.names[environment]
-            idle = self.idle_simulators[self.name]
+            idle = self.idle.get(self.name)
             self.simulator = idle.pop() if idle else metaworld.env_dict.ALL_V3_ENVIRONMENTS[self.name]()
-        self.simulator.set_task(meta_world_goals(self.name, self.seed)[goal])
+        self.simulator.set_task(self.goals(self.name, self.seed)[goal])
         return self.simulator.reset()
 
     def step(self, action: np.ndarray) -> tuple:
         return self.simulator.step(action)
 
 
-ENVS: dict[str, Callable] = {  # by name, what makes an environment from a seed
+ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "HalfCheetahVel": HalfCheetahVel,
     "AntDir": AntDir,
-    "AntDir57": AntDir57,
+    "AntDir57": functools.partial(AntDir, angles=(1.0, -1.0)),  # the authors'
     "ML1-Reach": functools.partial(MetaWorld, ("reach-v3",), True),
     "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
-# What differs from Args, whose defaults were chosen on HalfCheetahVel. MetaWorld's deviation is the authors'.
-ANT = dict(total_timesteps=2_000_000)
 META_WORLD = dict(init_std=1.0, total_timesteps=2_000_000)
-DEFAULTS: dict[str, dict] = {
-    "AntDir": ANT,
-    "AntDir57": ANT,
+DEFAULTS: dict[str, dict] = {  # where they differ from those of Args, which were chosen on HalfCheetahVel
+    "AntDir": dict(total_timesteps=2_000_000),
+    "AntDir57": dict(total_timesteps=2_000_000),
     "ML1-Reach": META_WORLD,
     "ML1-Push": META_WORLD,
     "ML45-Train": META_WORLD | dict(num_tasks=25, test_tasks=45, eval_interval=20),  # a test task of each environment
 }
 
 
-class Copies:
-    """Copies of an environment in one process, made when needed and stepped in turn. One that has terminated rests till
-    the next reset: its observations and rewards are zero."""
+def serve(pipe, make_env: Callable[[], gymnasium.Env]) -> None:
+    """A process that resets and steps its share of a TaskVectorEnv as it is told, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it is the parent's to answer
+    envs = TaskVectorEnv(make_env)
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is gone
+        while True:
+            method, share = pipe.recv()
+            pipe.send(getattr(envs, method)(*share))
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env]):
-        self.make_env, self.envs = make_env, [make_env()]
 
-    def reset(self, tasks: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        while len(self.envs) < len(tasks):
-            self.envs.append(self.make_env())
+class TaskVectorEnv(VectorEnv):
+    """A copy of an environment for each of the tasks that reset is given, shared among processes: this one and others
+    with a TaskVectorEnv of their own. A copy that has terminated rests, at zeros, till the next reset."""
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env], processes: int = 1):
+        self.make_env, self.envs, self.pipes = make_env, [make_env()], []
+        env = self.envs[0]
+        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
+        self.horizon, self.splits, self.sample_tasks = env.horizon, env.splits, env.sample_tasks
+        context = multiprocessing.get_context("spawn")  # which every platform has
+        for _ in range(processes - 1):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, make_env), daemon=True).start()
+            theirs.close()  # so that the pipe ends when either side does
+            self.pipes.append(ours)
+
+    def share(self, method: str, *arrays: np.ndarray) -> list[np.ndarray]:
+        """What method makes of each process's share of the arrays, joined. Raises RunFailed if a process has died."""
+        mine, *theirs = zip(*(np.array_split(array, len(self.pipes) + 1) for array in arrays))
+        try:
+            for pipe, share in zip(self.pipes, theirs):
+                pipe.send((method, share))
+            answers = [getattr(self, method)(*mine), *(pipe.recv() for pipe in self.pipes)]
+        except (EOFError, OSError) as error:
+            raise RunFailed("a process that simulates it has died") from error
+        return [np.concatenate(parts) for parts in zip(*answers)]
+
+    def reset(self, *, seed: int, options: dict) -> tuple[np.ndarray, dict]:
+        """Starts an episode of each of options["tasks"] (n, ·); its copies are seeded with seed, seed + 1, ..."""
+        self.num_envs, self.steps = len(options["tasks"]), 0
+        (observations,) = self.share("reset_copies", options["tasks"], seed + np.arange(self.num_envs))
+        return observations, {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.steps += 1
+        observations, rewards, terminated, success = self.share("step_copies", actions)
+        truncated = np.full(self.num_envs, self.steps == self.horizon)
+        return observations, rewards, terminated, truncated, {"success": success}
+
+    def reset_copies(self, tasks: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray]:
+        self.envs += [self.make_env() for _ in range(len(tasks) - len(self.envs))]
         self.terminated = np.zeros(len(tasks), dtype=bool)
-        observations = np.zeros((len(tasks), *self.envs[0].observation_space.shape))
-        for i, env in enumerate(self.envs[: len(tasks)]):
-            env.task = tasks[i]
-            observations[i], _ = env.reset(seed=int(seeds[i]))
-        return observations
+        observations = np.zeros((len(tasks), *self.single_observation_space.shape))
+        for i in range(len(tasks)):
+            self.envs[i].task = tasks[i]
+            observations[i], _ = self.envs[i].reset(seed=int(seeds[i]))
+        return (observations,)
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step_copies(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         n = len(actions)
-        observations, rewards = np.zeros((n, *self.envs[0].observation_space.shape)), np.zeros(n)
+        observations, rewards = np.zeros((n, *self.single_observation_space.shape)), np.zeros(n)
         success = np.full(n, np.nan)
         for i in np.flatnonzero(~self.terminated):
             observations[i], rewards[i], self.terminated[i], _, info = self.envs[i].step(actions[i])
@@ -668,67 +610,7 @@ class Copies:
         return observations, rewards, self.terminated.copy(), success
 
 
-def serve_copies(pipe, make_env: Callable[[], gymnasium.Env]) -> None:
-    """A process that resets and steps copies as it is told, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it is the parent's to answer
-    copies = Copies(make_env)
-    try:
-        while True:
-            method, *arguments = pipe.recv()
-            pipe.send(getattr(copies, method)(*arguments))
-    except (EOFError, OSError):  # the parent has closed the pipe, or is gone
-        return
-
-
-class TaskVectorEnv(VectorEnv):
-    """As many copies of an environment as reset is given tasks, in a number of processes. The first is this one, so that
-    of one process there is no other to wait for."""
-
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-
-    def __init__(self, name: str, seed: int, processes: int):
-        self.name = name
-        make_env = functools.partial(ENVS[name], seed=seed)
-        self.copies = Copies(make_env)
-        env = self.copies.envs[0]
-        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
-        self.horizon, self.splits, self.sample_tasks = env.horizon, env.splits, env.sample_tasks
-        here = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(here)
-        context.set_forkserver_preload(["__main__"])  # its imports once, not once a process
-        self.pipes = []
-        for _ in range(processes - 1):
-            ours, theirs = context.Pipe()
-            context.Process(target=serve_copies, args=(theirs, make_env), daemon=True).start()
-            theirs.close()  # so that the pipe ends when either side does
-            self.pipes.append(ours)
-
-    def ask(self, method: str, *arguments: np.ndarray) -> list:
-        """Each process's answer, after an equal share of the arguments. Raises RunFailed if one has died."""
-        shares = list(zip(*(np.array_split(argument, len(self.pipes) + 1) for argument in arguments)))
-        try:
-            for pipe, share in zip(self.pipes, shares[1:]):
-                pipe.send((method, *share))
-            mine = getattr(self.copies, method)(*shares[0])
-            return [mine] + [pipe.recv() for pipe in self.pipes]
-        except (EOFError, OSError) as error:
-            raise RunFailed(f"a process that simulates {self.name} has died") from error
-
-    def reset(self, *, seed: int, options: dict) -> tuple[np.ndarray, dict]:
-        """Starts an episode of each of options["tasks"] (n, ·); its copy is seeded with seed + its number."""
-        self.num_envs, self.steps = len(options["tasks"]), 0
-        return np.concatenate(self.ask("reset", options["tasks"], seed + np.arange(self.num_envs))), {}
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        self.steps += 1
-        observations, rewards, terminated, success = map(np.concatenate, zip(*self.ask("step", actions)))
-        truncated = np.full(self.num_envs, self.steps >= self.horizon)
-        return observations, rewards, terminated, truncated, {"success": success}
-
-
 # --- A run: flags, checkpoint, outer loop -----------------------------------------------------------------------------
-
-
 class UserError(Exception):
     """A mistake in what the user asked for: one line, exit code 2."""
 
@@ -737,70 +619,36 @@ class RunFailed(Exception):
     """A NaN in the simulator or the loss, or a process that died: the run cannot go on, exit code 1."""
 
 
-COLUMNS = (  # of progress.csv
-    *("iteration", "env_steps", "wall_seconds", "train_return", "train_success", "test_return", "test_success"),
-    *("ood_return", "steps_per_second", "rollout_seconds", "update_seconds", "gradient_steps", "policy_loss"),
-    *("value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance", "learning_rate"),
-)
-CHECKS = {  # what flags take, the test of it, and whose it is
-    "a whole number from 0": (lambda x: x >= 0, ("seed",)),
-    "a whole number from 1": (
-        lambda x: x >= 1,
-        ("total_timesteps", "num_tasks", "episodes_per_trial", "memory_length", "layers", "heads", "d_model")
-        + ("update_epochs", "minibatch_size", "eval_interval", "test_tasks", "test_episodes"),
-    ),
-    "a positive number": (
-        lambda x: 0 < x < math.inf,
-        ("init_std", "input_limit", "learning_rate", "clip_coef", "max_grad_norm"),
-    ),
-    "a positive number or None": (lambda x: x is None or x > 0, ("target_kl",)),
-    "a number from 0 to 1": (lambda x: 0 <= x <= 1, ("gamma", "gae_lambda")),
-}
-
-
-def check(args: Args) -> None:
-    """Raises UserError, naming the flag and what it takes, for values that no run can use."""
-    for takes, (test, names) in CHECKS.items():
-        for name in names:
-            if not test(getattr(args, name)):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: takes {takes}")
+def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
+    """The command line over its environment's defaults, or over a run's own arguments; and that run's checkpoint."""
+    args, checkpoint = tyro.cli(args_class, args=argv), {}
+    if args.env not in ENVS:
+        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
+    values = {"env": args.env} | DEFAULTS.get(args.env, {})
+    if args.resume and args.test:
+        raise UserError("--resume, --test: take one of the two")
+    if run := args.resume or args.test:
+        try:
+            checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+            values = {name: checkpoint["args"][name] for name in vars(args) if name not in ("resume", "test")}
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            raise UserError(f"--resume, --test: take a run's folder; {run} has no checkpoint.pt to be read") from None
+        if checkpoint["args"]["method"] != method:
+            raise UserError(f"--resume, --test: {run} is a run of {checkpoint['args']['method']}, not of {method}")
+    args = tyro.cli(args_class, args=argv, default=args_class(**values))
+    limits = {"seed": (0, 2**32), "gamma": (0, 1), "gae_lambda": (0, 1)}  # of others: 1 of whole numbers, else above 0
+    for name, value in vars(args).items():
+        low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: takes a number from {low} to {high}")
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_tasks % processes:
-        raise UserError(f"--num-tasks {args.num_tasks}: takes a multiple of torchrun's {processes} processes")
+    if args.num_tasks % int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"--num-tasks {args.num_tasks}: takes a multiple of torchrun's processes")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
-
-
-def load_checkpoint(run: Path, method: str) -> dict:
-    try:
-        checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-        theirs = checkpoint["args"].pop("method")
-        checkpoint["args"].pop("versions")
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-        raise UserError(f"--resume, --test: take the folder of a run; {run} has no checkpoint.pt to read") from None
-    if theirs != method:
-        raise UserError(f"--resume, --test: {run} is a run of {theirs}, not of {method}")
-    return checkpoint
-
-
-def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict | None]:
-    """The command line over a run's own arguments, or over its environment's defaults; and the run's checkpoint."""
-    args = tyro.cli(args_class, args=argv)
-    if args.resume and args.test:
-        raise UserError("--resume, --test: take one of the two")
-    if args.env not in ENVS:
-        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
-    checkpoint = None
-    values = {"env": args.env} | DEFAULTS.get(args.env, {})
-    if args.resume or args.test:
-        checkpoint = load_checkpoint(args.resume or args.test, method)
-        values = checkpoint["args"] | {"runs_dir": Path(checkpoint["args"]["runs_dir"])}
-    args = tyro.cli(args_class, args=argv, default=args_class(**values))
-    check(args)
     return args, checkpoint
 
 
@@ -812,142 +660,137 @@ def write(path: Path, save: Callable) -> None:
     os.replace(temporary, path)
 
 
-def make_run_folder(args: Args, settings: dict) -> Path:
-    run = args.runs_dir / f"{args.env}-{settings['method']}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    try:
-        run.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written ({error.strerror})") from None
-    return run
-
-
-def save(run: Path, settings: dict, rows: list[dict], agent: Agent, optimizer: torch.optim.Optimizer) -> None:
-    """checkpoint.pt, which is all that resuming needs, then progress.csv."""
-    checkpoint = {"args": settings, "rows": rows, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: list[dict]) -> None:
+    """checkpoint.pt, which is all that resuming needs; args.json and progress.csv, for all others."""
+    values = {name: value for name, value in vars(args).items() if name not in ("resume", "test")}
+    values["method"] = agent.method
+    values["versions"] = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
+    checkpoint = {"args": values, "rows": rows, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    lines = [",".join(COLUMNS)] + [",".join(str(row.get(name, "")) for name in COLUMNS) for row in rows]
-    write(run / "progress.csv", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    write(run / "args.json", lambda file: file.write(json.dumps(values, indent=2).encode()))
+    columns = (
+        "iteration env_steps wall_seconds train_return train_success test_return test_success ood_return "
+        "steps_per_second rollout_seconds update_seconds gradient_steps policy_loss value_loss entropy approx_kl "
+        "clip_fraction explained_variance learning_rate"
+    ).split()
+    table = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
+    write(run / "progress.csv", lambda file: file.writelines((",".join(line) + "\n").encode() for line in table))
 
 
-def train(
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
-    envs: VectorEnv,
-    args: Args,
-    settings: dict,
-    run: Path | None,
-    rows: list[dict],
-) -> None:
+def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: Path | None, rows: list[dict]) -> None:
     """Meta-training (Sec. 5.1), from where rows, those of progress.csv, have come; adds one an iteration.
 
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on.
-    Under torchrun each process collects its share of the tasks, and the one that leads evaluates and writes into run.
-    """
+    Under torchrun each process collects its share of the tasks, and the first evaluates and writes."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    threads = torch.get_num_threads()
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
-    board = SummaryWriter(run, purge_step=env_steps + 1) if process == 0 else None
+    board = SummaryWriter(run) if process == 0 else None
+    bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0)
     scores = {}
-    with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0) as bar:
-        while env_steps < args.total_timesteps:
-            started, iteration = time.monotonic(), len(rows) + 1
-            learning_rate = args.learning_rate * (1 - env_steps / args.total_timesteps if args.anneal_lr else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            tasks = envs.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
-            rng = random_stream(args.seed, "train", iteration, process)
-            agent.to("cpu")  # where small batches are quick
-            trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
-            collected = time.monotonic()
-            agent.to(args.device)
-            row = ppo_update(agent, optimizer, trial.to(args.device), args, rng)
-            agent.sums += sums_of(trial.transitions[:-1][trial.valid].to(args.device))
-            updated = time.monotonic()
+    while env_steps < args.total_timesteps:
+        started, iteration = time.monotonic(), len(rows) + 1
+        tasks = envs.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
+        rng = random_stream(args.seed, "train", iteration, process)
+        agent.to("cpu")  # where small batches are quick
+        torch.set_num_threads(
+            1
+        )  # a step of acting is too small to share, and a waiting thread takes a simulator's core
+        trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
+        collected = time.monotonic()
+        learning_rate = args.learning_rate * (1 - env_steps / args.total_timesteps if args.anneal_lr else 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        agent.to(args.device)
+        torch.set_num_threads(threads)
+        trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
+        row = ppo_update(agent, optimizer, trial, args, rng)
+        agent.sums += sums_of(trial.transitions[:-1][trial.valid])
+        updated = time.monotonic()
+        rewards, success = episode_results(trial, args.episodes_per_trial)
+        row["train_return"] = mean_and_std(sums_of(torch.from_numpy(rewards.sum(2).ravel())))[0].item()
+        row["train_success"] = mean_and_std(sums_of(torch.from_numpy(success.ravel())))[0].item()
+        new_steps = int(sums_of(trial.valid.flatten())[1])
+        env_steps += new_steps
+        if process == 0 and ((iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps):
+            for split, results in meta_test(agent.to("cpu"), envs, args, episodes=1).items():
+                scores[f"{split}_return"] = results["rewards"].sum(2).mean().item()
+                scores[f"{split}_success"] = results["success"].mean().item()
+            scores = {name: value for name, value in scores.items() if not math.isnan(value)}
+            row |= scores
+        elapsed = time.monotonic() - started
+        seconds += elapsed
+        row |= {"iteration": iteration, "env_steps": env_steps, "wall_seconds": seconds, "learning_rate": learning_rate}
+        row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
+        row["steps_per_second"] = new_steps / elapsed
+        rows.append({name: value for name, value in row.items() if not math.isnan(value)})
+        if process == 0:
+            save_run(run, args, agent, optimizer, rows)
+            for name, value in rows[-1].items():
+                board.add_scalar(name, value, env_steps)
+            board.flush()
+            bar.update(new_steps)
+            bar.set_postfix({"train_return": row["train_return"]} | scores)
 
-            rewards, success = (torch.from_numpy(x) for x in episode_results(trial, args.episodes_per_trial))
-            row["train_return"] = mean_and_std(sums_of(rewards.sum(2).flatten()))[0].item()
-            row["train_success"] = mean_and_std(sums_of(success.flatten()))[0].item()
-            new_steps = int(sums_of(trial.valid.flatten())[1])
-            env_steps += new_steps
-            if process == 0 and ((iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps):
-                for split, results in meta_test(agent.to("cpu"), envs, args, episodes=1).items():
-                    scores[f"{split}_return"] = results["rewards"].sum(2).mean().item()
-                    scores[f"{split}_success"] = results["success"].mean().item()
-                row |= scores
-            seconds += time.monotonic() - started
-            row |= {"iteration": iteration, "env_steps": env_steps, "wall_seconds": seconds}
-            row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
-            row |= {"steps_per_second": new_steps / (time.monotonic() - started), "learning_rate": learning_rate}
-            rows.append({name: row[name] for name in COLUMNS if not math.isnan(row.get(name, math.nan))})
-            if process == 0:
-                save(run, settings, rows, agent, optimizer)
-                for name, value in rows[-1].items():
-                    board.add_scalar(name, value, env_steps)
-                board.flush()
-                bar.update(new_steps)
-                shown = {"train": row["train_return"]} | {k: v for k, v in scores.items() if not math.isnan(v)}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
-
-def print_summary(args: Args, env_steps: int, results: dict[str, dict[str, np.ndarray]]) -> None:
+def finish(agent: Agent, envs: VectorEnv, args: Args, run: Path, env_steps: int) -> None:
+    """Meta-tests the run and analyses its memories: writes the npz files, prints the summary table."""
+    print("meta-testing with frozen weights")
+    tests = meta_test(agent, envs, args, args.test_episodes)
+    files = {"meta_test" if split == "test" else split: arrays for split, arrays in tests.items()}
+    for name, arrays in (files | analyse_memories(agent, envs, args)).items():
+        write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
     print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
-    print(f"{'episode':14}" + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
-    for split, arrays in results.items():
-        print(f"{split + ' return':14}" + "".join(f"{value:9.1f}" for value in arrays["rewards"].sum(2).mean(0)))
-        if not np.isnan(arrays["success"]).any():
-            print(f"{split + ' success':14}" + "".join(f"{value:9.2f}" for value in arrays["success"].mean(0)))
+    print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
+    for split, arrays in tests.items():
+        for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
+            if not np.isnan(values).any():
+                print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
+    print(f"written to {run}; draw it with: python plot.py {run}")
 
 
 def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_class: type[Args] = Args) -> int:
     """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
-    leads = int(os.environ.get("RANK", 0)) == 0
+    first = int(os.environ.get("RANK", 0)) == 0
     run, rows = None, []
     try:
         args, checkpoint = parse(sys.argv[1:] if argv is None else argv, args_class, agent_class.method)
         if "RANK" in os.environ:
-            if args.device.startswith("cuda"):
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "nccl" if args.device.startswith("cuda") else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(hours=6))  # the leader's meta-tests may take long
-        envs = TaskVectorEnv(args.env, args.seed, min(torch.get_num_threads(), args.num_tasks))
+            distributed.init_process_group(timeout=timedelta(hours=6))  # the meta-tests of the first may take long
+        make_env = functools.partial(ENVS[args.env], seed=args.seed)
+        envs = TaskVectorEnv(make_env, processes=min(torch.get_num_threads(), args.num_tasks))
         torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
         agent = agent_class(envs, args).to(args.device)
-        optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
-        settings = asdict(args) | {"runs_dir": str(args.runs_dir), "method": agent_class.method}
-        settings["versions"] = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
-        del settings["resume"], settings["test"]
+        optimizer = Adam(agent.parameters(), eps=1e-5, fused=True)
         if checkpoint:
-            run, rows = args.resume or args.test, checkpoint["rows"]
+            run, rows = Path(args.resume or args.test), checkpoint["rows"]
             try:
                 agent.load_state_dict(checkpoint["agent"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
             except (RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"{run}: its network has another shape than --env, --layers, --d-model, ... say"
-                ) from error
-        elif leads:
-            run = make_run_folder(args, settings)
+                raise UserError(f"{run}: its network has another shape than --env, --d-model, ... say") from error
+        elif first:
+            run = Path(args.runs_dir, f"{args.env}-{agent.method}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            try:
+                run.mkdir(parents=True)
+            except OSError:
+                raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written") from None
         if not args.test:
-            if leads:
-                write(run / "args.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
-                save(run, settings, rows, agent, optimizer)
-            train(agent, optimizer, envs, args, settings, run, rows)
-        if leads:
-            print("meta-testing with frozen weights")
-            results = meta_test(agent.to("cpu"), envs, args, args.test_episodes)
-            files = {"meta_test": results["test"]} | ({"ood": results["ood"]} if "ood" in results else {})
-            for name, arrays in (files | analyse_memories(agent, envs, args)).items():
-                write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
-            print_summary(args, rows[-1]["env_steps"] if rows else 0, results)
-            print(f"written to {run}; draw it with: python plot.py {run}")
-        all_reduce(torch.zeros(1, device=args.device))  # nobody leaves before the leader: torchrun would end it
+            if first:
+                save_run(run, args, agent, optimizer, rows)
+            train(agent, optimizer, envs, args, run, rows)
+        if first:
+            finish(agent.to("cpu"), envs, args, run, rows[-1]["env_steps"] if rows else 0)
+        all_reduce(torch.zeros(1, device=args.device))  # nobody leaves before the first is done: torchrun would end it
         return 0
-    except (UserError, RunFailed) as error:
-        where = f"iteration {len(rows) + 1}: " if isinstance(error, RunFailed) else ""
-        print(f"error: {where}{error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"error: {args.env}, iteration {len(rows) + 1}: {error}; {run} holds what came before", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print(f"stopped after {len(rows)} iterations; go on with: python {sys.argv[0]} --resume {run}" if leads else "")
+        print(f"\nstopped after {len(rows)} iterations; go on with: python {sys.argv[0]} --resume {run}")
         return 130
     finally:
         if distributed.is_initialized():
