@@ -205,7 +205,7 @@ class Agent(nn.Module):
         """The current memory after each layer (Eq. 6), e⁰ to e^L, each (B, d); each layer's α from it, (B, ω, N)."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # (B, N, d)
-        # Nobody attends to a PAD. It sees nothing itself; as the mask is finite, its softmax is not 0 / 0. None reads it.
+        # A PAD is never attended to, and sees nothing: its softmax would be 0 / 0 if the mask were not finite.
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
         for layer in self.layers:
@@ -265,6 +265,8 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
     valid, success = np.zeros((T, n), dtype=bool), np.zeros((T, n), dtype=np.float32)
     memory = torch.from_numpy(transitions)  # the same numbers, as torch sees them
     std, state = agent.log_std.detach().exp(), None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step of acting is too small to share, and a waiting thread takes a simulator's core
     for t in range(T):
         if t % envs.horizon == 0:
             observations, _ = envs.reset(seed=int(rng.integers(2**31)), options={"tasks": tasks})
@@ -280,6 +282,7 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
         valid[t], success[t] = alive, infos["success"]
         alive = alive & ~terminated
         observations[~alive] = 0.0  # nothing follows a termination
+    torch.set_num_threads(threads)
     transitions[T, :, :S] = observations
     values[T] = agent.act(memory, T, state)[1] * alive  # V follows the trial's end, which is a truncation; not a death
     if not np.isfinite(transitions).all():
@@ -415,7 +418,7 @@ def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dic
         some_memories, some_attention = agent.refine(trial.transitions, t[chosen], task[chosen])
         memories.append(torch.stack(some_memories))
         if some_attention:
-            attention.append(torch.stack(some_attention).mean(2))  # (L, B, N), over heads
+            attention.append(torch.stack(some_attention).mean(2))  # (L, B, N): the mean over heads
     memories = torch.cat(memories, dim=1)  # (L + 1, steps, d)
     representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
     experts = agent.policy(memories[-1]).double().numpy()  # (steps, A)
@@ -435,8 +438,8 @@ def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dic
 
 
 # --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
-# A task distribution is a gymnasium.Env with Box spaces and three things more: horizon, the steps of an episode; splits,
-# ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), tasks (n, ·), numbers that say what is to be done.
+# A task distribution is a gymnasium.Env with Box spaces and three things more: horizon, the steps of an episode;
+# splits, ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), tasks (n, ·), numbers that say what to do.
 # Its attribute task, a row of those, is set before each reset. info["success"], if there is one, is of the moment.
 class HalfCheetahVel(gymnasium.Wrapper):
     """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
@@ -495,8 +498,8 @@ class MetaWorld(gymnasium.Env):
         self.names, self.held_out, self.seed = names, held_out, seed
         self.name = self.simulator = None
 
-    @functools.cache
     @staticmethod
+    @functools.cache
     def goals(name: str, seed: int) -> list:
         """An environment's 50 goals of training, then the 50 held out; takes a second."""
         benchmark = metaworld.ML1(name, seed)
@@ -683,7 +686,6 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on.
     Under torchrun each process collects its share of the tasks, and the first evaluates and writes."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    threads = torch.get_num_threads()
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
     board = SummaryWriter(run) if process == 0 else None
     bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0)
@@ -693,15 +695,11 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
         tasks = envs.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
         rng = random_stream(args.seed, "train", iteration, process)
         agent.to("cpu")  # where small batches are quick
-        torch.set_num_threads(
-            1
-        )  # a step of acting is too small to share, and a waiting thread takes a simulator's core
         trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
         collected = time.monotonic()
         learning_rate = args.learning_rate * (1 - env_steps / args.total_timesteps if args.anneal_lr else 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate
         agent.to(args.device)
-        torch.set_num_threads(threads)
         trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
         row = ppo_update(agent, optimizer, trial, args, rng)
         agent.sums += sums_of(trial.transitions[:-1][trial.valid])
