@@ -1,498 +1,352 @@
 """Draws every figure of the paper that the given runs can give, from the files that trmrl.py wrote.
 
-    python plot.py runs/*                     PNG files into figures/
-    python plot.py runs/* --out DIR --pdf     elsewhere, and as PDF too
+    python plot.py runs/*               PNG files and summary.md into figures/
+    python plot.py runs/* --out DIR     elsewhere
 
-Figure                    Paper            From
-meta_training.png         Fig. 4           progress.csv: test performance over environment steps
-adaptation.png, ood.png   Figs. 5, 6       meta_test.npz, ood.npz: return over the episodes of a task
-refinement.png            Fig. 7           refinement.npz: errors over the layers
-working_memories.png      Fig. 8           working_memories.npz: their three principal components
-online_adaptation.png     Fig. 9           meta_test.npz: rewards and velocities over the first episode
-ablation_<flag>.png       Figs. 10 to 13   progress.csv of runs that differ in just that flag
-attention.png             -                attention.npz: what the current memory attends to
-summary.md                -                progress.csv: a table of final results
-
-Runs that differ in the seed alone are one setting: a curve is its mean over the seeds, a band its 95 % bootstrapped
-confidence interval. A run that a figure cannot use is left out of it, with a line that says why. Exit codes: 0, 1 if
-anything had to be left out because it is damaged or unfinished, 2 if there is no run at all or the flags are wrong.
+Runs that differ in the seed alone are one setting: a curve is the mean over its seeds, a band the 95 % bootstrapped
+confidence interval. What is damaged or unfinished is left out, with a line that says why. Exit codes: 0; 1 if anything
+was left out for that reason; 2 if there is no run at all or a flag is wrong.
 """
 
-import csv
 import json
-import math
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import tyro
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first: there may be no screen)
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.transforms import ScaledTranslation  # noqa: E402
+matplotlib.use("Agg")  # there may be no screen
+import matplotlib.pyplot as plt  # noqa: E402
+import seaborn as sns  # noqa: E402
 
-NOT_A_SETTING = ("seed", "runs_dir", "device", "versions")  # what the runs of one setting may differ in
-METHODS = {"transformer": "TrMRL", "gru": "RL²"}  # by --memory
-TASK_UNITS = {
-    "HalfCheetahVel": "target velocity (m/s)",
-    "AntDir": "goal direction (rad)",
-    "AntDir57": "goal direction (rad)",
-}
-# Okabe and Ito's colours, which colour-blind readers tell apart; a dash pattern goes with each, for readers in grey.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-COLUMN = 3.3  # inches, the width of a paper's column
-plt.rcParams.update({
-    "figure.constrained_layout.use": True,
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-})
+NOT_A_SETTING = {"seed", "runs_dir", "device", "versions"}  # what runs of one setting may differ in
+TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
+# Okabe and Ito's colours, which colour-blind readers tell apart; seven colours and six dashes give 42 pairs.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("", (4, 1.5), (1, 1), (3, 1, 1, 1), (6, 2), (5, 1, 1, 1, 1, 1))
+sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight"})
 
 
 class LeftOut(Exception):
-    """A run or a figure that is left out, and why, in one line."""
+    """Why a run, a figure or everything is left out."""
 
 
-class Damaged(LeftOut):
-    """The same, because something is broken or unfinished: exit code 1."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs and settings
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# --- Runs and settings ------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """A run's folder, its arguments and progress.csv's columns, NaN where nothing was measured."""
-
     folder: Path
     args: dict
-    progress: dict[str, np.ndarray]
-    label: str = ""  # its setting in the legends; the same for all seeds
+    progress: pd.DataFrame  # progress.csv, NaN where nothing was measured
+    unfinished: str = ""  # how far it has come
+    label: str = ""  # its setting's name in legends
+    number: int = 0  # its label's place among all, for the colour
 
-    def arrays(self, name: str, needed: Sequence[str]) -> dict[str, np.ndarray]:
-        """Reads an npz file of the run. Raises Damaged if it is not there or not whole."""
-        path = self.folder / name
-        if not path.exists():
-            raise Damaged(f"{self.folder} has no {name}: it is unfinished")
-        try:
-            with np.load(path) as file:
-                return {array: file[array] for array in (*needed, *(set(file) - set(needed)))}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise Damaged(f"{path} cannot be read ({error})") from error
+    env = property(lambda self: self.args["env"])
+    method = property(lambda self: self.args["method"].replace("RL2", "RL²"))
+    title = property(lambda self: f"{self.env}, {self.method}, seed {self.args['seed']}")
+    steps = property(lambda self: self.progress["env_steps"].iloc[-1])
 
-    @property
-    def env(self) -> str:
-        return self.args["env"]
-
-    @property
-    def method(self) -> str:
-        return METHODS[self.args["memory"]]
-
-    def setting(self, *but: str) -> str:
-        """What all seeds of a setting have in common, as a key; without the flags named."""
-        flags = {name: value for name, value in self.args.items() if name not in (*NOT_A_SETTING, *but)}
-        return json.dumps(flags, sort_keys=True)
+    def setting(self, but: str = "") -> str:
+        """A key that all seeds of a setting share; but a flag: one that runs share which differ in it alone."""
+        return json.dumps({k: v for k, v in sorted(self.args.items()) if k not in NOT_A_SETTING | {but}})
 
 
 def load_run(folder: Path) -> Run:
-    """Raises Damaged if the folder is no run, or its tables are not whole."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        args["env"], args["seed"], METHODS[args["memory"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder} is no run: it has no args.json that can be read") from error
-    try:
-        with open(folder / "progress.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: np.array([float("nan" if row[name] == "" else row[name]) for row in rows]) for name in rows[0]}
-        columns["env_steps"], columns["test_return"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise Damaged(f"{folder}/progress.csv has no rows yet, or is not whole") from error
-    return Run(folder, args, columns)
+        run = Run(folder, args, pd.read_csv(folder / "progress.csv").astype(float))
+        goal = args["total_timesteps"]
+        *rows, end = (folder / "progress.csv").read_text().split("\n")
+        if end or len({row.count(",") for row in rows}) > 1 or not run.title:
+            raise ValueError("a row is not whole")
+        if run.steps < goal:
+            run.unfinished = f"{run.steps / 1e6:.3g} M of {goal / 1e6:.3g} M steps"
+        elif not (folder / "meta_test.npz").exists():
+            run.unfinished = "without meta_test.npz"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        raise LeftOut(f"{folder} has no args.json and progress.csv, or they are empty or damaged") from None
+    return run
 
 
-def differing_flags(runs: list[Run]) -> list[str]:
-    """The flags that differ between these runs, leaving aside what the seeds of a setting may differ in."""
-    names = sorted({name for run in runs for name in run.args if name not in NOT_A_SETTING})
+def group(runs: list[Run], key: Callable) -> list[list[Run]]:
+    return [[run for run in runs if key(run) == value] for value in dict.fromkeys(map(key, runs))]
+
+
+def select(runs: list[Run], problems: list[str]) -> list[Run]:
+    """Leaves out what would skew a setting: unfinished runs, unless there is no other, and the same seed twice."""
+    kept = []
+    for members in group(runs, Run.setting):
+        best = [run for run in members if not run.unfinished] or [max(members, key=lambda run: run.steps)]
+        problems += [f"{run.folder} is unfinished ({run.unfinished})" for run in members if run not in best]
+        for same in group(best, lambda run: run.args["seed"]):
+            # By the time in the name: RL2-s1-20261124-053359-756920.
+            *older, newest = sorted(same, key=lambda run: (run.folder.name[-22:], run.folder.stat().st_mtime))
+            kept.append(newest)
+            for run in older:
+                print(f"left out: {run.folder} has the setting and seed of {newest.folder}", file=sys.stderr)
+    return kept
+
+
+def differing(runs: list[Run]) -> list[str]:
+    names = sorted({name for run in runs for name in run.args} - NOT_A_SETTING)
     return [name for name in names if len({json.dumps(run.args.get(name)) for run in runs}) > 1]
 
 
 def flag_text(run: Run, flags: list[str]) -> str:
-    return ", ".join(f"{flag.replace('_', ' ')} {run.args.get(flag)}" for flag in flags)
+    return "".join(f", {flag.replace('_', ' ')} {run.args.get(flag)}" for flag in flags)
 
 
-def name_settings(runs: list[Run]) -> None:
-    """Gives each run the label that tells its setting from the others of its environment: its method, and what differs."""
+def label_settings(runs: list[Run]) -> None:
+    """A label is the method and the flags that differ within the same environment and method."""
+    for members in group(runs, lambda run: (run.env, run.method)):
+        for run in members:
+            run.label = run.method + flag_text(run, differing(members)) + ", unfinished" * bool(run.unfinished)
+    # Numbers in labels sort by their value.
+    labels = sorted({run.label for run in runs}, key=lambda label: [part.zfill(12) for part in label.split()])
     for run in runs:
-        flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
-        run.label = run.method
-        if flags:
-            run.label += f", {flag_text(run, flags)}"
+        run.number = labels.index(run.label)
 
 
-def group(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.env, str(key(run)), run.args["seed"], str(run.folder))):
-        groups.setdefault(key(run), []).append(run)
-    return groups
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics and drawing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def bootstrap_interval(values: np.ndarray, draws: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % bootstrapped confidence interval of the mean over the first axis: values (n, ...) to two (...)."""
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    means = np.array([values[pick].mean(axis=0) for pick in picks])
-    return np.percentile(means, 2.5, axis=0), np.percentile(means, 97.5, axis=0)
-
-
-class Palette:
-    """The same colour and dashes for the same label in every figure."""
-
-    def __init__(self, labels: Sequence[str]):
-        self.labels = sorted(set(labels))
-
-    def style(self, label: str) -> dict:
-        number = self.labels.index(label)
-        return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-
-
-def draw_curve(axes, x: np.ndarray, values: np.ndarray, label: str, style: dict, what: str = "seed", **line) -> None:
-    """The mean over values (n, len(x)) and, of more than one, its interval; the legend says how many there are."""
-    n = len(values)
-    axes.plot(x, values.mean(axis=0), label=f"{label} ({n} {what}{'s' if n > 1 else ''})", **style, **line)
-    if n > 1:
-        low, high = bootstrap_interval(values)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-
-
-def panels(titles: Sequence[str]) -> tuple[Figure, list]:
-    """Axes in rows of at most three, a column wide each."""
-    across = min(len(titles), 3)
-    down = math.ceil(len(titles) / across)
-    figure, grid = plt.subplots(down, across, figsize=(COLUMN * across, 2.4 * down), squeeze=False)
-    axes = list(grid.flat)
-    for unused in axes[len(titles) :]:
-        unused.remove()
-    for ax, title in zip(axes, titles):
-        ax.set_title(title)
-    return figure, axes[: len(titles)]
-
-
-def legend(axes) -> None:
-    """Below the axes and their label, where it covers no data."""
-    below = axes.transAxes + ScaledTranslation(0, -0.36, axes.figure.dpi_scale_trans)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, fontsize=7)
-
-
-def performance(run: Run) -> tuple[str, str]:
-    """What a run is judged by: progress.csv's column and the axis's label."""
-    if np.isfinite(run.progress["test_success"]).any():
-        return "test_success", "test success rate"
-    return "test_return", "test return (per episode)"
-
-
-def draw_learning_curves(axes, runs: list[Run], label: str, style: dict) -> None:
-    """Test performance over environment steps, on the evaluations up to where the shortest run has come."""
-    column, ylabel = performance(runs[0])
-    curves = []
-    for run in runs:
-        measured = np.isfinite(run.progress[column])
-        curves.append((run.progress["env_steps"][measured], run.progress[column][measured]))
-    longest = min(steps[-1] for steps, _ in curves)
-    x = curves[0][0][curves[0][0] <= longest]
-    draw_curve(axes, x / 1e6, np.array([np.interp(x, steps, values) for steps, values in curves]), label, style)
-    axes.set(xlabel="environment steps (millions)", ylabel=ylabel)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures: each takes the runs and the palette and returns (figure, runs drawn), or raises LeftOut
-# ---------------------------------------------------------------------------------------------------------------------
-
-def usable(runs: list[Run], name: str, needed: Sequence[str], problems: list[str]) -> list[tuple[Run, dict]]:
-    """The runs with their arrays of one npz file; the others' reasons go into problems. Raises LeftOut if none is left."""
+def read(runs: list[Run], problems: list[str], name: str, quantities: dict[str, Callable]) -> list[tuple[Run, dict]]:
+    """The runs with quantities made of one of their npz files; problems gets those whose file is damaged or missing."""
     found = []
     for run in runs:
         try:
-            found.append((run, run.arrays(name, needed)))
-        except Damaged as reason:
-            problems.append(str(reason))
+            with np.load(run.folder / name) as file:
+                found.append((run, {what: quantity(file) for what, quantity in quantities.items()}))
+        except FileNotFoundError:
+            problems.append(f"{run.folder / name} is not there")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            problems.append(f"{run.folder / name} is damaged")
     if not found:
         raise LeftOut(f"no run has a {name} that can be read")
     return found
 
 
-def draw_meta_training(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-    """Fig. 4: a panel per environment, a curve per setting."""
-    environments = group(runs, lambda run: run.env)
-    figure, axes = panels(list(environments))
-    for ax, members in zip(axes, environments.values()):
-        for seeds in group(members, Run.setting).values():
-            draw_learning_curves(ax, seeds, seeds[0].label, palette.style(seeds[0].label))
-        legend(ax)
-    return figure, runs
+def one_environment(runs: list[Run]) -> list[Run]:
+    """The runs of HalfCheetahVel, which the paper shows, or else of the first environment; TrMRL's come first."""
+    first = min((run.env for run in runs), key=lambda env: (env != "HalfCheetahVel", env), default="")
+    chosen = [run for run in runs if run.env == first]
+    return sorted(chosen, key=lambda run: (run.method != "TrMRL", run.unfinished))
 
 
-def draw_episodes(name: str) -> Callable:
-    """Figs. 5 and 6: the return of each episode, averaged over the tasks, from meta_test.npz or ood.npz."""
-
-    def draw(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-        if name == "ood.npz":
-            runs = [run for run in runs if np.isfinite(run.progress["ood_return"]).any()]
-            if not runs:
-                raise LeftOut("no run's environment has out-of-distribution tasks")
-        arrays = {id(run): data for run, data in usable(runs, name, ("rewards",), problems)}
-        drawn = [run for run in runs if id(run) in arrays]
-        environments = group(drawn, lambda run: run.env)
-        figure, axes = panels(list(environments))
-        for ax, members in zip(axes, environments.values()):
-            for seeds in group(members, Run.setting).values():
-                returns = np.array([arrays[id(run)]["rewards"].sum(axis=2).mean(axis=0) for run in seeds])
-                episodes = np.arange(1, returns.shape[1] + 1)
-                draw_curve(ax, episodes, returns, seeds[0].label, palette.style(seeds[0].label), marker="o", markersize=3)
-            ax.set(xlabel="episode", ylabel="average return", xticks=episodes)
-            legend(ax)
-        return figure, drawn
-
-    return draw
+# --- Long tables: a row a point, with its panel, setting and run ------------------------------------------------------
+def points(run: Run, what: str, x: np.ndarray, y: np.ndarray) -> pd.DataFrame:
+    names = {"panel": f"{run.env}: {what}", "setting": run.label, "number": run.number, "run": run.folder.name}
+    names["seed"] = run.args["seed"]
+    return pd.DataFrame({**names, "x": x, "y": y})
 
 
-def draw_refinement(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-    """Fig. 7: both errors over the layers, 0 being the working memory. One environment: the first by name."""
-    found = usable(runs, "refinement.npz", ("representation_error", "regression_mse"), problems)
-    found = one_environment(found)
-    figure, axes = panels(["representation error", "regression error"])
-    arrays = {id(run): data for run, data in found}
-    for seeds in group([run for run, _ in found], Run.setting).values():
-        for ax, quantity in zip(axes, ("representation_error", "regression_mse")):
-            errors = np.array([arrays[id(run)][quantity] for run in seeds])
-            layers = np.arange(errors.shape[1])
-            draw_curve(ax, layers, errors, seeds[0].label, palette.style(seeds[0].label), marker="o", markersize=3)
-    axes[0].set(xlabel="layer", ylabel=r"1 − cos($e^l$, $e^L$)", ylim=(0, None))
-    axes[1].set(xlabel="layer", ylabel="mean squared error of the action", ylim=(0, None))
-    for ax in axes:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        legend(ax)
-    return figure, [run for run, _ in found]
+def learning_table(runs: list[Run]) -> pd.DataFrame:
+    """Test success, or else return, over millions of environment steps (Fig. 4)."""
+    tables = []
+    for members in group(runs, lambda run: run.env):
+        success = any(run.progress["test_success"].notna().any() for run in members)
+        column, what = ("test_success", "test success rate") if success else ("test_return", "test return")
+        for seeds in group(members, Run.setting):
+            curves = [run.progress[["env_steps", column]].dropna().to_numpy().T for run in seeds]
+            # Episodes that end early shift the steps between seeds: all go onto those of the run that ends first.
+            grid = min((steps for steps, _ in curves), key=lambda steps: steps.max(initial=0))
+            for run, (steps, values) in zip(seeds, curves):
+                tables.append(points(run, what, grid / 1e6, np.interp(grid, steps, values) if len(grid) else grid))
+    return pd.concat(tables)
 
 
-def one_environment(found: list[tuple[Run, dict]]) -> list[tuple[Run, dict]]:
-    """Those of HalfCheetahVel, which the paper shows, or else of the first environment by name."""
-    environments = {run.env for run, _ in found}
-    chosen = "HalfCheetahVel" if "HalfCheetahVel" in environments else min(environments)
-    return [(run, data) for run, data in found if run.env == chosen]
+def file_table(runs: list[Run], problems: list[str], name: str, quantities: dict, first: int = 1) -> pd.DataFrame:
+    """A panel a quantity, over first, first + 1, ... There is one value a run, so that bands are over the seeds."""
+    found = read(runs, problems, name, quantities)
+    cells = [(run, what, data[what]) for what in quantities for run, data in found]
+    return pd.concat([points(run, what, np.arange(first, first + len(y)), y) for run, what, y in cells])
 
 
-def draw_working_memories(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-    """Fig. 8: the working memories of one run on their three principal components, coloured by task."""
-    run, data = one_environment(usable(runs, "working_memories.npz", ("embedding", "task"), problems))[0]
+def ablations(runs: list[Run]) -> dict[str, pd.DataFrame]:
+    """Figs. 10-13: for each flag, learning curves of the groups of runs that differ in it alone, a panel a group."""
+    tables = {}
+    for flag in set(differing(runs)) - {"env", "method"}:
+        groups = [found for found in group(runs, partial(Run.setting, but=flag)) if differing(found)]
+        for members in groups:
+            rivals = [other[0] for other in groups if other[0].env == members[0].env]
+            table = learning_table(members)
+            table["panel"] += flag_text(members[0], [name for name in differing(rivals) if name != flag])
+            tables[flag] = pd.concat([tables.get(flag), table])
+    return dict(sorted(tables.items()))
+
+
+# What a panel shows, of an npz file's arrays.
+RETURNS = {"return": lambda file: file["rewards"].sum(axis=2).mean(axis=0)}
+REWARDS = {"reward in the first episode": lambda file: file["rewards"][:, 0].mean(axis=0)}
+ERRORS = {key.replace("_", " "): itemgetter(key) for key in ("representation_error", "regression_mse")}
+
+
+# --- Figures: each function returns the figure and the names of the runs in it ----------------------------------------
+def draw_curves(table: pd.DataFrame, xlabel: str, whole: bool = False, more: tuple = ()) -> tuple:
+    """A panel for each in the table (and empty ones for more), a curve a setting; whole: x is a whole number."""
+    palette, dashes, texts = {}, {}, {}
+    for (number, setting), rows in table.groupby(["number", "setting"]):
+        seeds = sorted(set(rows.groupby("panel")["seed"].nunique()))
+        text = f"{setting} ({' to '.join(map(str, seeds[:1] + seeds[1:][-1:]))} seed{'s' * (seeds[-1] > 1)})"
+        palette[text], dashes[text] = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+        texts[setting] = text
+    panels, order = [*table["panel"].unique(), *more], list(palette)
+    grid = sns.relplot(
+        table.assign(setting=table["setting"].map(texts)).reset_index(drop=True),
+        kind="line", x="x", y="y", col="panel", col_order=panels, col_wrap=min(3, len(panels)),
+        hue="setting", style="setting", hue_order=order, style_order=order, palette=palette, dashes=dashes,
+        markers=dict.fromkeys(order, "o") if whole else False, errorbar=("ci", 95), seed=0,
+        height=2.7, aspect=1.3, facet_kws={"sharex": False, "sharey": False, "legend_out": False},
+    )  # fmt: skip
+    grid.set_titles("{col_name}").set_axis_labels(xlabel, "").figure.subplots_adjust(wspace=0.3, hspace=0.5)
+    columns = min(2, len(panels))
+    sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None, frameon=False, ncol=columns)
+    for axes in grid.axes.flat if whole else ():
+        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    return grid.figure, list(table["run"].unique())
+
+
+def draw_online_adaptation(runs: list[Run], problems: list[str]) -> tuple:
+    """Fig. 9. For HalfCheetahVel a second panel has the velocities that one run reaches in four of its tasks."""
+    chosen = one_environment(runs)
+    table = file_table(chosen, problems, "meta_test.npz", REWARDS)
+    if chosen[0].env != "HalfCheetahVel":
+        return draw_curves(table, "time step")
+    velocities = {"target": lambda file: file["tasks"][:, 0], "reached": lambda file: file["observations"][:, :, 8]}
+    run, data = read(chosen, [], "meta_test.npz", velocities)[0]
+    figure, names = draw_curves(table, "time step", more=(f"{run.title}: velocity (m/s)",))
+    order = np.argsort(data["target"])
+    for colour, i in zip(COLOURS, order[np.linspace(0, len(order) - 1, 4).round().astype(int)]):
+        steps = np.arange(1, data["reached"].shape[1] + 1)
+        figure.axes[1].plot(steps, data["reached"][i], color=colour, label=f"target {data['target'][i]:.2f}")
+        figure.axes[1].axhline(data["target"][i], color=colour, linestyle=":")
+    figure.axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure, names
+
+
+def draw_working_memories(runs: list[Run], problems: list[str]) -> tuple:
+    """Fig. 8: one run's working memories on their three principal components, coloured by task."""
+    arrays = {key: itemgetter(key) for key in ("embedding", "task")}
+    run, data = read(one_environment(runs), problems, "working_memories.npz", arrays)[0]
     centred = data["embedding"] - data["embedding"].mean(axis=0)
-    _, scales, components = np.linalg.svd(centred, full_matrices=False)
-    points = centred @ components[:3].T
-    share = scales[:3] ** 2 / (scales**2).sum()
-    figure = plt.figure(figsize=(COLUMN * 1.3, COLUMN))
-    axes = figure.add_subplot(projection="3d")
-    dots = axes.scatter(*points.T, c=data["task"], cmap="viridis", s=3, linewidth=0)
-    for name, part in zip("xyz", share):
-        axes.set(**{f"{name}label": f"PC {'xyz'.index(name) + 1} ({part:.0%})", f"{name}ticklabels": []})
-        getattr(axes, f"{name}axis").labelpad = -12  # where the tick labels would be
-    figure.colorbar(dots, label=TASK_UNITS.get(run.env, "task"), shrink=0.6, pad=0.12)
-    axes.set_title(f"{run.env}, seed {run.args['seed']}")
-    return figure, [run]
+    _, _, components = np.linalg.svd(centred, full_matrices=False)
+    figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
+    dots = axes.scatter(*components[:3] @ centred.T, c=data["task"], cmap="viridis", s=4, linewidth=0)
+    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title)
+    figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.15)
+    return figure, [run.folder.name]
 
 
-def draw_online_adaptation(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-    """Fig. 9: the reward at each step of the first episode; beside it, where a run has them, velocities of a few tasks."""
-    found = one_environment(usable(runs, "meta_test.npz", ("rewards", "tasks"), problems))
-    with_velocities = [(run, data) for run, data in found if "velocities" in data]
-    figure, axes = panels(["reward in the first episode", "velocity reached"][: 1 + bool(with_velocities)])
-    arrays = {id(run): data for run, data in found}
-    for seeds in group([run for run, _ in found], Run.setting).values():
-        rewards = np.concatenate([arrays[id(run)]["rewards"][:, 0] for run in seeds])  # (tasks of all seeds, H)
-        style = palette.style(seeds[0].label)
-        draw_curve(axes[0], np.arange(rewards.shape[1]), rewards, seeds[0].label, style, what="task")
-    axes[0].set(xlabel="time step", ylabel="reward")
-    legend(axes[0])
-    if with_velocities:
-        run, data = with_velocities[0]
-        order = np.argsort(data["tasks"][:, 0])
-        chosen = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
-        for number, task in enumerate(chosen):
-            target = data["tasks"][task, 0]
-            axes[1].plot(data["velocities"][task, 0], color=COLOURS[number], label=f"target {target:.2f} m/s")
-            axes[1].axhline(target, color=COLOURS[number], linestyle=":", linewidth=1)
-        axes[1].set(xlabel="time step", ylabel="velocity (m/s)")
-        legend(axes[1])
-    return figure, [run for run, _ in found]
-
-
-def draw_attention(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-    """How the current memory divides its attention over the working memories, per layer, in one run."""
-    attending = [run for run in runs if run.method == "TrMRL"]
-    if not attending:
-        raise LeftOut("a GRU has no attention")
-    run, data = one_environment(usable(attending, "attention.npz", ("weights",), problems))[0]
-    weights = data["weights"]  # (L, N)
-    layers, length = weights.shape
-    figure, (axes,) = panels([f"{run.env}, seed {run.args['seed']}"])
-    picture = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0)
-    axes.set(xlabel="working memory (steps back)", ylabel="layer", yticks=range(layers), yticklabels=range(1, layers + 1))
-    ticks = np.unique(np.linspace(0, length - 1, min(length, 6)).round().astype(int))
-    axes.set_xticks(ticks, [str(length - 1 - tick) if tick < length - 1 else "now" for tick in ticks])
+def draw_attention(runs: list[Run], problems: list[str]) -> tuple:
+    """How the current memory of one run divides its attention over the working memories, layer by layer."""
+    runs = one_environment([run for run in runs if run.method == "TrMRL"])
+    run, data = read(runs, problems, "attention.npz", {"weights": itemgetter("weights")})[0]
+    L, N = data["weights"].shape
+    figure, axes = plt.subplots(figsize=(5, 3))
+    picture = axes.imshow(data["weights"], aspect="auto", cmap="viridis", extent=(0.5 - N, 0.5, L + 0.5, 0.5))
+    axes.set(xlabel="working memory, in steps from now", ylabel="layer", title=run.title)
+    axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(plt.MaxNLocator(integer=True))
     figure.colorbar(picture, label="attention weight")
-    return figure, [run]
+    return figure, [run.folder.name]
 
 
-def ablations(runs: list[Run]) -> dict[str, list[list[Run]]]:
-    """Figs. 10 to 13: for each flag the groups of runs of one environment that differ in nothing else, seeds aside."""
-    found: dict[str, list[list[Run]]] = {}
-    for flag in differing_flags(runs):
-        if flag == "env":
-            continue
-        groups = [members for members in group(runs, lambda run: run.setting(flag)).values()
-                  if differing_flags(members) == [flag]]
-        if groups:
-            found[flag] = groups
-    return found
-
-
-def draw_ablation(flag: str, groups: list[list[Run]]) -> Callable:
-    """A panel per group of runs that differ in the flag alone, a curve per value."""
-
-    def draw(runs: list[Run], palette: Palette, problems: list[str]) -> tuple[Figure, list[Run]]:
-        figure, axes = panels([members[0].env for members in groups])
-        for ax, members in zip(axes, groups):
-            for seeds in group(members, Run.setting).values():
-                draw_learning_curves(ax, seeds, flag_text(seeds[0], [flag]), palette.style(seeds[0].label))
-            legend(ax)
-        return figure, [run for members in groups for run in members]
-
-    return draw
-
-
-def summary_table(runs: list[Run]) -> str:
-    """Final results per environment and setting, as Markdown: means over the seeds with their intervals."""
-    columns = ("train_return", "test_return", "ood_return", "train_success", "test_success")
-    lines = ["| environment | setting | seeds | steps | " + " | ".join(name.replace("_", " ") for name in columns)
-             + " | minutes | steps/s |", "|---" * (4 + len(columns) + 2) + "|"]
-    for seeds in group(runs, lambda run: run.env + run.setting()).values():
-        cells = [seeds[0].env, seeds[0].label, str(len(seeds)),
-                 f"{np.mean([run.progress['env_steps'][-1] for run in seeds]):,.0f}"]
+# --- Summary and command line -----------------------------------------------------------------------------------------
+def summary(runs: list[Run]) -> str:
+    """Final results as a Markdown table, a row a setting: mean and, of several seeds, its interval."""
+    columns = ("train_return", "test_return", "ood_return", "test_success", "minutes")
+    header = ["environment", "setting", "seeds", "steps", *(name.replace("_", " ") for name in columns)]
+    table = [header, ["---"] * len(header)]
+    for seeds in group(runs, Run.setting):
+        row = [seeds[0].env, seeds[0].label, str(len(seeds)), f"{np.mean([run.steps for run in seeds]):,.0f}"]
         for name in columns:
-            measured = [run.progress[name][np.isfinite(run.progress[name])] for run in seeds]
-            finals = np.array([values[-1] for values in measured if len(values)])
-            digits = 2 if name.endswith("success") else 1
-            cells.append(interval_text(finals, digits) if len(finals) == len(seeds) else "")
-        minutes = np.array([run.progress["wall_seconds"][-1] / 60 for run in seeds])
-        speeds = np.array([run.progress["env_steps"][-1] / run.progress["wall_seconds"][-1] for run in seeds])
-        cells += [interval_text(minutes, 1), interval_text(speeds, 0)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            measured = [run.progress.eval("minutes = wall_seconds / 60")[name].dropna() for run in seeds]
+            finals = [values.iloc[-1] for values in measured if len(values)]
+            row.append(f"{np.mean(finals):.2f}" if finals else "")
+            if len(finals) > 1:
+                means = sns.algorithms.bootstrap(finals, n_boot=2000, seed=0)
+                row[-1] += " [{:.2f}, {:.2f}]".format(*np.percentile(means, (2.5, 97.5)))
+        table.append(row)
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
-def interval_text(values: np.ndarray, digits: int) -> str:
-    text = f"{values.mean():.{digits}f}"
-    if len(values) > 1:
-        low, high = bootstrap_interval(values)
-        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return text
+def write(path: Path, save: Callable) -> None:
+    """save(file) under a temporary name, which is then renamed, so that path is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LeftOut(f"--out {path.parent}: takes a folder that can be written ({error.strerror})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """save(temporary) beside path, then rename, so that path is never half-written."""
-    temporary = path.with_name(f".{path.name}")
-    save(temporary)
-    os.replace(temporary, path)
-
-
-def draw_all(folders: list[Path], out: Path, pdf: bool) -> int:
-    """Draws what the folders can give and says a line a figure; returns the exit code."""
+def draw_all(folders: list[Path], out: Path) -> int:
+    """Draws what the folders can give, a line a figure; returns the exit code."""
     runs, problems = [], []
     for folder in folders:
         try:
             runs.append(load_run(folder))
-        except Damaged as reason:
+        except LeftOut as reason:
             problems.append(str(reason))
-    for reason in problems:
-        print(f"left out: {reason}", file=sys.stderr)
+    runs = select(runs, problems)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
     if not runs:
-        print("error: none of the folders is a run; give runs/<name> folders that trmrl.py has written", file=sys.stderr)
-        return 2
-    name_settings(runs)
-    palette = Palette([run.label for run in runs])
+        raise LeftOut("no run at all: give runs/<name> folders that trmrl.py has written")
+    label_settings(runs)
+    runs.sort(key=lambda run: (run.env, run.number, run.args["seed"]))
+    write(out / "summary.md", lambda file: file.write(summary(runs).encode()))
+    ood, one = [run for run in runs if run.progress["ood_return"].notna().any()], one_environment(runs)
     figures = {
-        "meta_training": draw_meta_training,
-        "adaptation": draw_episodes("meta_test.npz"),
-        "ood": draw_episodes("ood.npz"),
-        "refinement": draw_refinement,
+        "meta_training": lambda runs, _: draw_curves(learning_table(runs), "million environment steps"),
+        "adaptation": lambda *of: draw_curves(file_table(*of, "meta_test.npz", RETURNS), "episode", whole=True),
+        "ood": lambda _, missing: draw_curves(file_table(ood, missing, "ood.npz", RETURNS), "episode", whole=True),
+        "refinement": lambda _, missing: draw_curves(
+            file_table(one, missing, "refinement.npz", ERRORS, 0), "layer", whole=True
+        ),
         "working_memories": draw_working_memories,
         "online_adaptation": draw_online_adaptation,
         "attention": draw_attention,
     }
-    groups = ablations(runs)
-    figures |= {f"ablation_{flag}": draw_ablation(flag, members) for flag, members in groups.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: --out {out}: takes a folder that can be written ({error.strerror})", file=sys.stderr)
-        return 2
-    damaged = bool(problems)
+    for flag, table in ablations(runs).items():
+        figures[f"ablation_{flag}"] = lambda *_, table=table: draw_curves(table, "million environment steps")
     for name, draw in figures.items():
-        problems = []
+        missing: list[str] = []
         try:
-            figure, drawn = draw(runs, palette, problems)
-            for kind in ("png", "pdf")[: 1 + pdf]:
-                write(out / f"{name}.{kind}", lambda path: figure.savefig(path, format=kind))
-            plt.close(figure)
-            print(f"{name}: drawn from {', '.join(run.folder.name for run in drawn)}")
+            figure, names = draw(runs, missing)
         except LeftOut as reason:
             print(f"{name}: left out, {reason}")
-        for reason in problems:
-            print(f"{name}: without a run, as {reason}", file=sys.stderr)
-        damaged |= bool(problems)
-    if not groups:
-        print("ablation_<flag>: left out, no two runs of one environment differ in just one flag")
-    write(out / "summary.md", lambda path: path.write_text(summary_table(runs)))
-    print(f"summary: a table of {len(runs)} runs")
-    return int(damaged)
+        else:
+            write(out / f"{name}.png", partial(figure.savefig, format="png"))
+            plt.close(figure)
+            print(f"{name}: drawn from {', '.join(names)}")
+        for problem in missing:
+            print(f"{name}: left out, {problem}", file=sys.stderr)
+        problems += missing
+    return int(bool(problems))
+
+
+def flags(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("figures")) -> tuple:
+    """Draws every figure that runs, the folders that trmrl.py has written, can give; out is where they go."""
+    return sorted(set(runs)), out
 
 
 def main(argv: list[str] | None = None) -> int:
-    def flags(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
-        out: Path = Path("figures"),
-        pdf: bool = False,
-    ) -> tuple[list[Path], Path, bool]:
-        """Draws every figure that runs can give.
-
-        Args:
-            runs: folders that trmrl.py has written
-            out: where the figures go
-            pdf: as PDF too
-        """
-        return sorted(runs), out, pdf
-
-    return draw_all(*tyro.cli(flags, args=argv, prog="plot.py"))
+    try:
+        given, unknown = tyro.cli(flags, args=argv, return_unknown_args=True)
+        if unknown:
+            raise LeftOut(f"there is no flag {unknown[0]}; --help shows all")
+        return draw_all(*given)
+    except LeftOut as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

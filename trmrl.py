@@ -284,7 +284,8 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
         observations[~alive] = 0.0  # nothing follows a termination
     torch.set_num_threads(threads)
     transitions[T, :, :S] = observations
-    values[T] = agent.act(memory, T, state)[1] * alive  # V follows the trial's end, which is a truncation; not a death
+    last_value = agent.act(memory, T, state)[1].numpy()
+    values[T] = last_value * alive  # the trial's end is a truncation, so that V follows; nothing follows a termination
     if not np.isfinite(transitions).all():
         raise RunFailed("the simulator returned a NaN or an infinity; resuming would repeat it")
     log_probs = Normal(torch.from_numpy(means), std).log_prob(memory[:-1, :, S : S + A]).sum(2)
@@ -688,46 +689,51 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
     board = SummaryWriter(run) if process == 0 else None
-    bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0)
     scores = {}
-    while env_steps < args.total_timesteps:
-        started, iteration = time.monotonic(), len(rows) + 1
-        tasks = envs.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
-        rng = random_stream(args.seed, "train", iteration, process)
-        agent.to("cpu")  # where small batches are quick
-        trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
-        collected = time.monotonic()
-        learning_rate = args.learning_rate * (1 - env_steps / args.total_timesteps if args.anneal_lr else 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        agent.to(args.device)
-        trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
-        row = ppo_update(agent, optimizer, trial, args, rng)
-        agent.sums += sums_of(trial.transitions[:-1][trial.valid])
-        updated = time.monotonic()
-        rewards, success = episode_results(trial, args.episodes_per_trial)
-        row["train_return"] = mean_and_std(sums_of(torch.from_numpy(rewards.sum(2).ravel())))[0].item()
-        row["train_success"] = mean_and_std(sums_of(torch.from_numpy(success.ravel())))[0].item()
-        new_steps = int(sums_of(trial.valid.flatten())[1])
-        env_steps += new_steps
-        if process == 0 and ((iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps):
-            for split, results in meta_test(agent.to("cpu"), envs, args, episodes=1).items():
-                scores[f"{split}_return"] = results["rewards"].sum(2).mean().item()
-                scores[f"{split}_success"] = results["success"].mean().item()
-            scores = {name: value for name, value in scores.items() if not math.isnan(value)}
-            row |= scores
-        elapsed = time.monotonic() - started
-        seconds += elapsed
-        row |= {"iteration": iteration, "env_steps": env_steps, "wall_seconds": seconds, "learning_rate": learning_rate}
-        row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
-        row["steps_per_second"] = new_steps / elapsed
-        rows.append({name: value for name, value in row.items() if not math.isnan(value)})
-        if process == 0:
-            save_run(run, args, agent, optimizer, rows)
-            for name, value in rows[-1].items():
-                board.add_scalar(name, value, env_steps)
-            board.flush()
-            bar.update(new_steps)
-            bar.set_postfix({"train_return": row["train_return"]} | scores)
+    with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0) as bar:
+        while env_steps < args.total_timesteps:
+            started, iteration = time.monotonic(), len(rows) + 1
+            tasks = envs.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
+            rng = random_stream(args.seed, "train", iteration, process)
+            agent.to("cpu")  # where small batches are quick
+            trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
+            collected = time.monotonic()
+            learning_rate = args.learning_rate * (1 - env_steps / args.total_timesteps if args.anneal_lr else 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate
+            agent.to(args.device)
+            trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
+            row = ppo_update(agent, optimizer, trial, args, rng)
+            agent.sums += sums_of(trial.transitions[:-1][trial.valid])
+            updated = time.monotonic()
+            rewards, success = episode_results(trial, args.episodes_per_trial)
+            row["train_return"] = mean_and_std(sums_of(torch.from_numpy(rewards.sum(2).ravel())))[0].item()
+            row["train_success"] = mean_and_std(sums_of(torch.from_numpy(success.ravel())))[0].item()
+            new_steps = int(sums_of(trial.valid.flatten())[1])
+            env_steps += new_steps
+            if process == 0 and ((iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps):
+                for split, results in meta_test(agent.to("cpu"), envs, args, episodes=1).items():
+                    scores[f"{split}_return"] = results["rewards"].sum(2).mean().item()
+                    scores[f"{split}_success"] = results["success"].mean().item()
+                scores = {name: value for name, value in scores.items() if not math.isnan(value)}
+                row |= scores
+            elapsed = time.monotonic() - started
+            seconds += elapsed
+            row |= {
+                "iteration": iteration,
+                "env_steps": env_steps,
+                "wall_seconds": seconds,
+                "learning_rate": learning_rate,
+            }
+            row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
+            row["steps_per_second"] = new_steps / elapsed
+            rows.append({name: value for name, value in row.items() if not math.isnan(value)})
+            if process == 0:
+                save_run(run, args, agent, optimizer, rows)
+                for name, value in rows[-1].items():
+                    board.add_scalar(name, value, env_steps)
+                board.flush()
+                bar.update(new_steps)
+                bar.set_postfix({"train_return": row["train_return"]} | scores)
 
 
 def finish(agent: Agent, envs: VectorEnv, args: Args, run: Path, env_steps: int) -> None:
