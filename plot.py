@@ -40,7 +40,7 @@ class LeftOut(Exception):
 
 
 # --- Runs and settings ------------------------------------------------------------------------------------------------
-@dataclass
+@dataclass(eq=False)
 class Run:
     folder: Path
     args: dict
@@ -140,9 +140,8 @@ def one_environment(runs: list[Run]) -> list[Run]:
 
 # --- Long tables: a row a point, with its panel, setting and run ------------------------------------------------------
 def points(run: Run, what: str, x: np.ndarray, y: np.ndarray) -> pd.DataFrame:
-    names = {"panel": f"{run.env}: {what}", "setting": run.label, "number": run.number, "run": run.folder.name}
-    names["seed"] = run.args["seed"]
-    return pd.DataFrame({**names, "x": x, "y": y})
+    names = {"setting": run.label, "number": run.number, "seed": run.args["seed"], "run": run.folder.name}
+    return pd.DataFrame({"panel": f"{run.env}: {what}", **names, "x": x, "y": y})
 
 
 def learning_table(runs: list[Run]) -> pd.DataFrame:
@@ -151,12 +150,14 @@ def learning_table(runs: list[Run]) -> pd.DataFrame:
     for members in group(runs, lambda run: run.env):
         success = any(run.progress["test_success"].notna().any() for run in members)
         column, what = ("test_success", "test success rate") if success else ("test_return", "test return")
-        for seeds in group(members, Run.setting):
+        for seeds in group([run for run in members if run.progress[column].notna().any()], Run.setting):
             curves = [run.progress[["env_steps", column]].dropna().to_numpy().T for run in seeds]
             # Episodes that end early shift the steps between seeds: all go onto those of the run that ends first.
-            grid = min((steps for steps, _ in curves), key=lambda steps: steps.max(initial=0))
+            grid = min((steps for steps, _ in curves), key=max)
             for run, (steps, values) in zip(seeds, curves):
-                tables.append(points(run, what, grid / 1e6, np.interp(grid, steps, values) if len(grid) else grid))
+                tables.append(points(run, what, grid / 1e6, np.interp(grid, steps, values)))
+    if not tables:
+        raise LeftOut("no run has been evaluated yet")
     return pd.concat(tables)
 
 
@@ -238,6 +239,7 @@ def draw_working_memories(runs: list[Run], problems: list[str]) -> tuple:
     figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
     dots = axes.scatter(*components[:3] @ centred.T, c=data["task"], cmap="viridis", s=4, linewidth=0)
     axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title)
+    axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
     figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.15)
     return figure, [run.folder.name]
 

@@ -303,9 +303,8 @@ def test_a_trial_is_what_the_environment_did():
                 assert trial.success[t, task] == info["success"]
             deaths += dead
     assert 0 < deaths < 12
-    assert trial.transitions[:, :, 1].abs().max() > 1  # the memory holds the action that was drawn, not the clipped one
-    last = trial.valid[-1] & (trial.transitions[-2, :, 0].abs() <= 1)
-    assert (trial.values[-1] == 0).any() or last.all()
+    wild = trial_of(envs, make_agent(envs, init_std=1.0))
+    assert wild.transitions[:, :, 1].abs().max() > 1  # the memory holds the action that was drawn, not the clipped one
 
 
 def test_exploration_has_the_policys_deviation_and_meta_tests_have_none():
@@ -1069,6 +1068,160 @@ def test_a_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeyp
     (folder,) = tmp_path.iterdir()
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert len(checkpoint["rows"]) > 0 and all(tensor.isfinite().all() for tensor in checkpoint["agent"].values())
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+def fake_run(folder: Path, env="HalfCheetahVel", seed=1, ood=True, success=False, steps=10, shift=0, **flags) -> Path:
+    """A run's files with random but known contents; of ten iterations to come, so that fewer steps are unfinished."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    values = {"env": env, "seed": seed, "layers": 4, "t_fixup": True, "method": "TrMRL", "total_timesteps": 1000}
+    (folder / "args.json").write_text(json.dumps(values | flags | {"runs_dir": str(folder), "device": seed}))
+    columns = "env_steps wall_seconds train_return test_return test_success ood_return".split()
+    with open(folder / "progress.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for i in range(1, steps + 1):
+            row = {"env_steps": 100 * i + shift, "wall_seconds": 60 * i, "train_return": rng.normal()}
+            if i % 3 == 1:
+                row["test_return"] = rng.normal()
+                row |= {"ood_return": rng.normal()} if ood else {}
+                row |= {"test_success": rng.uniform()} if success else {}
+            writer.writerow(row)
+    if steps == 10:
+        tests = {"rewards": rng.normal(size=(5, 6, 30)), "tasks": rng.uniform(0, 3, (5, 1))}
+        np.savez(folder / "meta_test.npz", observations=rng.normal(size=(5, 30, 17)), **tests)
+        if ood:
+            np.savez(folder / "ood.npz", **tests | {"rewards": rng.normal(size=(5, 6, 30))})
+        np.savez(
+            folder / "refinement.npz", representation_error=rng.uniform(size=5), regression_mse=rng.uniform(size=5)
+        )
+        np.savez(folder / "working_memories.npz", embedding=rng.normal(size=(90, 8)), task=rng.uniform(0, 3, 90))
+        np.savez(folder / "attention.npz", weights=rng.dirichlet(np.ones(5), 4))
+    return folder
+
+
+def selected(*folders) -> list:
+    runs = plot.select([plot.load_run(folder) for folder in folders], [])
+    plot.label_settings(runs)
+    return runs
+
+
+def evaluations(folder: Path, column="test_return") -> list[float]:
+    with open(folder / "progress.csv") as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+def draw(tmp_path, capsys, *folders) -> tuple:
+    plot.plt.rcParams["savefig.dpi"] = 30  # nobody looks at these
+    code = plot.main([*map(str, folders), "--out", str(tmp_path / "figures")])
+    said = capsys.readouterr()
+    return code, said.out, said.err, {path.stem for path in (tmp_path / "figures").glob("*.png")}
+
+
+FIGURES = set("meta_training adaptation ood refinement working_memories online_adaptation attention".split())
+
+
+def test_every_figure_is_drawn(tmp_path, capsys):
+    folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    folders += [fake_run(tmp_path / "deep", layers=12), fake_run(tmp_path / "ant", env="AntDir", ood=False)]
+    code, out, err, names = draw(tmp_path, capsys, *folders)
+    assert (code, err) == (0, "") and names == FIGURES | {"ablation_layers"}
+    assert "meta_training: drawn from ant, 1, 2, deep" in out and "ablation_layers: drawn from 1, 2, deep" in out
+    table = (tmp_path / "figures" / "summary.md").read_text()
+    assert "| HalfCheetahVel | TrMRL, layers 4 | 2 | 1,000 | " in table
+    assert f"{evaluations(folders[2])[-1]:.2f}" in table
+
+
+def test_meta_training_shows_the_mean_of_the_evaluations(tmp_path):
+    """Seeds whose episodes ended early come onto the steps of the run that ends first; one seed has no band."""
+    folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
+    table = plot.learning_table(selected(*folders))
+    figure, _ = plot.draw_curves(table, "steps")
+    (axes,) = figure.axes
+    assert axes.get_title() == "HalfCheetahVel: test return"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TrMRL (3 seeds)"]
+    assert axes.lines[0].get_xdata() == pytest.approx(np.array([1, 4, 7, 10]) / 1e4)
+    assert axes.lines[0].get_ydata() == pytest.approx(np.mean([evaluations(folder) for folder in folders], axis=0))
+    figure, _ = plot.draw_curves(plot.learning_table(selected(folders[0])), "steps")
+    assert not any(len(path.vertices) for band in figure.axes[0].collections for path in band.get_paths())
+    late = fake_run(tmp_path / "late", seed=4, shift=30)
+    table = plot.learning_table(selected(folders[0], late))
+    moved = np.interp([100, 400, 700, 1000], [130, 430, 730, 1030], evaluations(late))
+    assert table.loc[table["run"] == "late", "y"].to_numpy() == pytest.approx(moved)
+
+
+def test_meta_world_is_judged_by_success(tmp_path):
+    folder = fake_run(tmp_path / "reach", env="ML1-Reach", ood=False, success=True)
+    table = plot.learning_table(selected(folder))
+    assert set(table["panel"]) == {"ML1-Reach: test success rate"}
+    assert table["y"].to_numpy() == pytest.approx(evaluations(folder, "test_success"))
+
+
+def test_adaptation_shows_what_the_files_hold(tmp_path):
+    folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    runs, files = selected(*folders), [np.load(folder / "meta_test.npz") for folder in folders]
+    returns = [[np.sum(file["rewards"][:, episode]) / 5 for episode in range(6)] for file in files]
+    table = plot.file_table(runs, [], "meta_test.npz", plot.RETURNS)
+    assert table["y"].to_numpy() == pytest.approx(np.ravel(returns))
+    rewards, velocities = plot.draw_online_adaptation(runs, [])[0].axes
+    expected = np.mean([np.mean(file["rewards"][:, 0], axis=0) for file in files], axis=0)
+    assert rewards.lines[0].get_ydata() == pytest.approx(expected)
+    assert velocities.get_title() == "HalfCheetahVel, TrMRL, seed 1: velocity (m/s)"
+    slowest = files[0]["tasks"].argmin()
+    assert velocities.lines[0].get_ydata() == pytest.approx(files[0]["observations"][slowest, :, 8])
+
+
+def test_ablations_are_runs_that_differ_in_one_flag(tmp_path):
+    base, base2 = fake_run(tmp_path / "base"), fake_run(tmp_path / "base2", seed=2)
+    deep, both = fake_run(tmp_path / "deep", layers=12), fake_run(tmp_path / "both", layers=8, t_fixup=False)
+    other = [fake_run(tmp_path / "ant", env="AntDir", layers=2), fake_run(tmp_path / "rl2", method="RL2", layers=1)]
+    runs = selected(base, base2, deep, both, *other)
+    tables = plot.ablations(runs)
+    assert {flag: set(table["run"]) for flag, table in tables.items()} == {"layers": {"base", "base2", "deep"}}
+    labels = {run.folder.name: run.label for run in runs}
+    assert labels["rl2"] == "RL²" and labels["deep"] == "TrMRL, layers 12, t fixup True"
+    assert len({run.number for run in runs}) == 5  # a colour a label, the same in all figures
+
+
+def test_an_unfinished_run_is_left_out_or_drawn_alone(tmp_path, capsys):
+    half, whole = fake_run(tmp_path / "half", seed=2, steps=5), fake_run(tmp_path / "whole")
+    code, out, err, names = draw(tmp_path, capsys, half, whole)
+    assert (
+        names == FIGURES and code == 1 and "half is unfinished (0.0005 M of 0.001 M steps)" in err and "half" not in out
+    )
+    (run,) = selected(half)
+    assert run.label == "TrMRL, unfinished" and len(plot.learning_table([run])) == 2
+
+
+def test_the_same_seed_twice_counts_once(tmp_path, capsys):
+    new, old = (fake_run(tmp_path / f"{name}-2026010{day}-000000-000001") for name, day in (("a", 2), ("b", 1)))
+    code, out, err, _ = draw(tmp_path, capsys, old, new)
+    assert code == 0 and f"left out: {old} has the setting and seed of {new}" in err and old.name not in out
+
+
+@pytest.mark.parametrize("name", ["args.json", "progress.csv", "meta_test.npz", "refinement.npz", "attention.npz"])
+def test_what_is_damaged_is_left_out_and_the_rest_is_drawn(tmp_path, capsys, name):
+    bad, good = fake_run(tmp_path / "bad", seed=9), fake_run(tmp_path / "good")
+    content = (bad / name).read_bytes()
+    (bad / name).write_bytes(content[: len(content) // 2])
+    code, out, err, names = draw(tmp_path, capsys, bad, good)
+    assert code == 1 and "left out" in err and "bad" in err and "Traceback" not in err
+    assert names == FIGURES and out.count("good") >= 5
+
+
+def test_no_runs_at_all(tmp_path, capsys):
+    for argv in ([], [str(tmp_path / "nothing")], [str(tmp_path), "--pdf"]):
+        assert plot.main([*argv, "--out", str(tmp_path / "figures")]) == 2
+        assert "error: " in capsys.readouterr().err and not (tmp_path / "figures").exists()
+    good = fake_run(tmp_path / "good")
+    assert plot.main([str(good), "--out", str(good / "args.json")]) == 2
+    assert "--out" in capsys.readouterr().err and json.loads((good / "args.json").read_text())
+
+
+def test_plot_needs_neither_torch_nor_trmrl():
+    code = "import plot, sys; assert not {'torch', 'trmrl', 'gymnasium'} & set(sys.modules)"
+    assert not subprocess.call([sys.executable, "-c", code], cwd=HERE)
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------

@@ -718,14 +718,9 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
                 row |= scores
             elapsed = time.monotonic() - started
             seconds += elapsed
-            row |= {
-                "iteration": iteration,
-                "env_steps": env_steps,
-                "wall_seconds": seconds,
-                "learning_rate": learning_rate,
-            }
+            row |= {"iteration": iteration, "env_steps": env_steps, "learning_rate": learning_rate}
             row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
-            row["steps_per_second"] = new_steps / elapsed
+            row |= {"wall_seconds": seconds, "steps_per_second": new_steps / elapsed}
             rows.append({name: value for name, value in row.items() if not math.isnan(value)})
             if process == 0:
                 save_run(run, args, agent, optimizer, rows)
