@@ -625,7 +625,7 @@ class RunFailed(Exception):
 
 def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
     """The command line over its environment's defaults, or over a run's own arguments; and that run's checkpoint."""
-    args, checkpoint = tyro.cli(args_class, args=argv), {}
+    args, checkpoint = tyro.cli(args_class, args=[flag for flag in argv if flag not in ("-h", "--help")]), {}
     if args.env not in ENVS:
         raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
     values = {"env": args.env} | DEFAULTS.get(args.env, {})
