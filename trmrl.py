@@ -68,7 +68,7 @@ class Args:
     layers: int = 4  # L, the transformer layers, each refining the episodic memory once (Eq. 6)
     heads: int = 4  # ω, the attention heads (Eq. 1); a divisor of d_model
     d_model: int = 32  # d, the size of a memory; the feed-forward block is four times as wide
-    t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier and LayerNorm (Fig. 10)
+    t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
     init_std: float = 0.3  # initial standard deviation of the Gaussian policy; it is learned
     input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 5e-4  # of Adam
@@ -110,15 +110,15 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
     def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple:
-        """Refines queries (B, Q, d), the last Q of memories (B, N, d); returns them and α (B, ω, Q, N) of Eq. 4.
-        mask (B, 1, Q, N) is M of Eq. 1, in logarithms: 0 where a query may attend, else a very negative number."""
+        """Refines queries (B, C, d), the last C of memories (B, N, d); returns them and α (B, ω, C, N) of Eq. 4.
+        mask (B, 1, C, N) is M of Eq. 1, in logarithms: 0 where a query may attend, else a very negative number."""
         split = (self.heads, -1)
-        Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, Q, d/ω)
+        Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, C, d/ω)
         K = self.key(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
         V = self.value(memories).unflatten(2, split).transpose(1, 2)
         # Eq. 1, with the d of one head. Eq. 5 has a second 1/√d, outside of the softmax; the authors' code has not.
         alpha = (Q @ K.transpose(2, 3) / math.sqrt(Q.shape[3]) + mask).softmax(3)
-        h = (alpha @ V).transpose(1, 2).flatten(2)  # Concat(h_1 … h_ω): (B, Q, d)
+        h = (alpha @ V).transpose(1, 2).flatten(2)  # Concat(h_1 … h_ω): (B, C, d)
         x = self.attention_norm(queries + self.output(h))
         return self.feed_forward_norm(x + self.feed_forward_out(F.relu(self.feed_forward_in(x)))), alpha
 
@@ -127,8 +127,8 @@ class TransformerLayer(nn.Module):
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
     """T-Fixup (Sec. 3.3; Huang et al. 2020), in place, on layers that are Xavier already.
 
-    The paper's N in 0.67 N^(-1/4) is the number of layers, L here. "The linear projection matrices in each attention
-    block" are W_v and W_o: queries and keys stay Xavier, as in Huang et al. (the authors' code scales them too).
+    The paper's N in 0.67 N^(-1/4) is the number of layers, L here. "The linear projection matrices in each encoder
+    attention block" are W_v and W_o: queries and keys stay Xavier, as in Huang et al. (the authors' code scales both).
     The input embedding's further (9 L)^(-1/4) is Huang et al.'s; the paper leaves it out."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
@@ -188,7 +188,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def rescale_value(self, mean: Tensor, std: Tensor) -> None:
-        """Makes the returns' mean and deviation the value head's 0 and 1; what it predicts stays (PopArt, van Hasselt
+        """Makes these returns' mean and deviation the value head's 0 and 1; what it predicts stays (PopArt, van Hasselt
         et al. 2016). Without it the head first has to climb to the returns' size, and learning waits for it."""
         self.value.weight *= self.return_std / std
         self.value.bias.copy_((self.value.bias * self.return_std + self.return_mean - mean) / std)
@@ -205,7 +205,7 @@ class Agent(nn.Module):
         """The current memory after each layer (Eq. 6), e⁰ to e^L, each (B, d); each layer's α from it, (B, ω, N)."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # (B, N, d)
-        # A PAD is never attended to, and sees nothing: its softmax would be 0 / 0 if the mask were not finite.
+        # A PAD is never attended to. Its own row, which nothing reads, would be 0 / 0 if the mask were not finite.
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
         for layer in self.layers:
@@ -215,17 +215,17 @@ class Agent(nn.Module):
             attention.append(alpha[:, :, -1])
         return memories, attention
 
-    def heads(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def policy_and_value(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of the policy π(a | e^L), (B, A), and the value (B,), of episodic memories (B, d)."""
         return self.policy(memory), self.value(memory)[:, 0] * self.return_std + self.return_mean
 
     def forward(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         memories, _ = self.refine(transitions, t, task)
-        return self.heads(memories[-1])
+        return self.policy_and_value(memories[-1])
 
     @torch.inference_mode()
     def act(self, transitions: Tensor, t: int, state) -> tuple[Tensor, Tensor, object]:
-        """The same for all n tasks at step t, and a state, at first None, to be given back at the next step.
+        """The means and values of all n tasks at step t, and a state, at first None, to be given back at the next step.
         TrMRL carries none, its memory is the window; RL² does (baselines/rl2.py)."""
         n = transitions.shape[1]
         return *self(transitions, torch.full((n,), t), torch.arange(n)), state
@@ -235,7 +235,7 @@ class Agent(nn.Module):
 def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple:
     """The N - 1 most recent transitions of the episode and the current one (Alg. 1; Sec. 5.1: an episode starts empty).
     Returns windows (B, N, S + A + 2), the current step last, and filled (B, N), False at the PADs in front."""
-    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)  # the episode's; T is of the last one
+    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)  # t = T counts to the last episode
     steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
     return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
 
@@ -263,7 +263,7 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
     transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1
     means, values = np.zeros((T, n, A), dtype=np.float32), np.zeros((T + 1, n), dtype=np.float32)
     valid, success = np.zeros((T, n), dtype=bool), np.zeros((T, n), dtype=np.float32)
-    memory = torch.from_numpy(transitions)  # the same numbers, as torch sees them
+    buffer = torch.from_numpy(transitions)  # the same numbers, as torch sees them
     std, state = agent.log_std.detach().exp(), None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step of acting is too small to share, and a waiting thread takes a simulator's core
@@ -272,24 +272,24 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
             observations, _ = envs.reset(seed=int(rng.integers(2**31)), options={"tasks": tasks})
             alive = np.ones(n, dtype=bool)
         transitions[t, :, :S] = observations  # s_next
-        means[t], values[t], state = agent.act(memory, t, state)
+        means[t], values[t], state = agent.act(buffer, t, state)
         actions = means[t] + explore * std.numpy() * rng.standard_normal((n, A), dtype=np.float32)
         clipped = actions.clip(envs.single_action_space.low, envs.single_action_space.high)
         observations, rewards, terminated, truncated, infos = envs.step(clipped)
-        transitions[t, :, S : S + A] = actions  # B ← B ∪ (s, a, r, η)
+        transitions[t, :, S : S + A] = actions  # B ← B ∪ (s, a, r, η), a before clipping
         transitions[t, :, S + A] = rewards
-        transitions[t, :, S + A + 1] = terminated | truncated
+        transitions[t, :, S + A + 1] = (terminated | truncated) & (t < T - 1)  # at the trial's end V goes on
         valid[t], success[t] = alive, infos["success"]
         alive = alive & ~terminated
-        observations[~alive] = 0.0  # nothing follows a termination
+        observations[~alive] = 0.0  # till the episode's end
     torch.set_num_threads(threads)
     transitions[T, :, :S] = observations
-    last_value = agent.act(memory, T, state)[1].numpy()
-    values[T] = last_value * alive  # the trial's end is a truncation, so that V follows; nothing follows a termination
+    last_value = agent.act(buffer, T, state)[1].numpy()
+    values[T] = last_value * alive  # the trial's end is a truncation, so that V follows; nothing follows a death
     if not np.isfinite(transitions).all():
         raise RunFailed("the simulator returned a NaN or an infinity; resuming would repeat it")
-    log_probs = Normal(torch.from_numpy(means), std).log_prob(memory[:-1, :, S : S + A]).sum(2)
-    return Trial(memory, log_probs, *(torch.from_numpy(array) for array in (values, valid, success)))
+    log_probs = Normal(torch.from_numpy(means), std).log_prob(buffer[:-1, :, S : S + A]).sum(2)
+    return Trial(buffer, log_probs, *(torch.from_numpy(array) for array in (values, valid, success)))
 
 
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dic
 # --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
 # A task distribution is a gymnasium.Env with Box spaces and three things more: horizon, the steps of an episode;
 # splits, ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), tasks (n, ·), numbers that say what to do.
-# Its attribute task, a row of those, is set before each reset. info["success"], if there is one, is of the moment.
+# Its attribute task, a row of those, is set before each reset. info["success"], if it has one, is of that step.
 class HalfCheetahVel(gymnasium.Wrapper):
     """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
 
@@ -703,7 +703,7 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
             agent.to(args.device)
             trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
             row = ppo_update(agent, optimizer, trial, args, rng)
-            agent.sums += sums_of(trial.transitions[:-1][trial.valid])
+            agent.sums += sums_of(trial.transitions[:-1][trial.valid])  # now: the update saw what acting saw
             updated = time.monotonic()
             rewards, success = episode_results(trial, args.episodes_per_trial)
             row["train_return"] = mean_and_std(sums_of(torch.from_numpy(rewards.sum(2).ravel())))[0].item()

@@ -59,7 +59,7 @@ class RL2(trmrl.Agent):
         """One step on from the state that the step before has left."""
         before = transitions[t - 1] if t > 0 else torch.zeros_like(transitions[0])
         output, state = self.layers(self.embed(transitions[t], before)[None], state)
-        return *self.heads(output[0]), state
+        return *self.policy_and_value(output[0]), state
 
 
 if __name__ == "__main__":
