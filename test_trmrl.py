@@ -826,7 +826,7 @@ def test_a_failed_simulation_ends_the_run_and_keeps_the_last_good_checkpoint(
 ):
     monkeypatch.setitem(trmrl.ENVS, env.__name__, env)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if env is Dies else 1)
-    assert trmrl.main(["--env", env.__name__, *TINY, "--runs-dir", str(tmp_path)]) == 1
+    assert trmrl.main(["--env", env.__name__, *TINY, "--total-timesteps", "2400", "--runs-dir", str(tmp_path)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {env.__name__}, iteration {iteration}: ") and words in line
     (folder,) = tmp_path.iterdir()
