@@ -154,7 +154,8 @@ def learning_curves(runs: list[Run]) -> pd.DataFrame:
 
 def episode_curves(runs: list[Run], file: str) -> pd.DataFrame:
     """Returns of successive episodes of the same task, as means over the tasks."""
-    return pd.concat([curve(run, "return", run.files[file]["rewards"].sum(axis=2).mean(axis=0)) for run in runs])
+    what = "out-of-distribution return" if file == "ood" else "test return"
+    return pd.concat([curve(run, what, run.files[file]["rewards"].sum(axis=2).mean(axis=0)) for run in runs])
 
 
 def refinement_curves(runs: list[Run]) -> pd.DataFrame:
