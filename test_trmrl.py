@@ -233,7 +233,7 @@ class TestTrial:
                     buffer = [None] * (N - 1)
                 D = buffer[len(buffer) - (N - 1) :] + [transitions[t, task]]
                 windows, filled = trmrl.retrieve(transitions, torch.tensor([t]), torch.tensor([task]), N, 20)
-                assert filled[0].tolist() == [slot is not None for slot in D]
+                assert filled[0].tolist() == [slot is not None for slot in D], f"t = {t}"
                 for slot, expected in enumerate(D):
                     assert expected is None or torch.equal(windows[0, slot], expected)
                 buffer = buffer + [transitions[t, task]]

@@ -129,7 +129,7 @@ def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
 
     The paper's N in 0.67 N^(-1/4) is the number of layers, L here. "The linear projection matrices in each encoder
     attention block" are W_v and W_o: queries and keys stay Xavier, as in Huang et al. (the authors' code scales both).
-    The input embedding's further (9 L)^(-1/4) is Huang et al.'s; the paper leaves it out."""
+    The input embedding is scaled by a further (9 L)^(-1/4), as in Huang et al.; the paper leaves it out."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
     phi.weight *= (9 * L) ** -0.25
@@ -234,8 +234,8 @@ class Agent(nn.Module):
 # --- A trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task ---------------------------------------
 def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple:
     """The N - 1 most recent transitions of the episode and the current one (Alg. 1; Sec. 5.1: an episode starts empty).
-    Returns windows (B, N, S + A + 2), the current step last, and filled (B, N), False at the PADs in front."""
-    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)  # t = T counts to the last episode
+    Returns windows (B, N, S + A + 2) and filled (B, N), False at the PADs in front. t = T is of the last episode."""
+    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)
     steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
     return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
 

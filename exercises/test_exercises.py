@@ -15,7 +15,11 @@ from exercises import blank
 CHECKS = {  # an exercise's number: the tests that its command runs
     1: ["TestAgent.test_positions_are_vaswanis"],
     2: ["TestAgent.test_layer_is_eq_1"],
-    3: ["TestTrial.test_windows_follow_algorithm_1", "TestTrial.test_acting_follows_algorithm_1"],
+    3: [
+        "TestTrial.test_windows_follow_algorithm_1",
+        "TestTrial.test_acting_follows_algorithm_1",
+        "TestMetaTests.test_refinement_against_scalar_loops",
+    ],
     4: ["TestAgent.test_t_fixup_scales"],
     5: ["TestPPO.test_advantages_are_the_double_sum_over_the_trial"],
     6: ["TestPPO.test_the_update_is_ppos"],
@@ -46,6 +50,8 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "window one short": (3, "steps >= start[:, None]", "steps >= torch.maximum(start, t + 2 - N)[:, None]"),
     "memory survives the episode": (3, "steps >= start[:, None]", "steps >= 0"),
     "current action not padded": (3, "x[:, -1, self.num_observations :] = 0", "x[:, -1, -2:] = 0"),
+    "e⁰ forgotten": (3, "memories, attention = [e[:, -1]], []", "memories, attention = [], []"),
+    "attention of the oldest": (3, "attention.append(alpha[:, :, -1])", "attention.append(alpha[:, :, 0])"),
     "no positions": (3, "self.working_memories(windows) + self.positions", "self.working_memories(windows)"),
     "queries scaled too": (4, "in (layer.value, layer.output,", "in (layer.query, layer.value, layer.output,"),
     "values not scaled": (4, "in (layer.value, layer.output,", "in (layer.output,"),
