@@ -1,14 +1,13 @@
 """Draws every figure of the paper that the given runs can give, from the files that trmrl.py wrote.
 
-    python plot.py runs/*               PNG files and summary.md into figures/
-    python plot.py runs/* --out DIR     elsewhere
+    python plot.py runs/* [--out DIR]     PNG files, film.gif and summary.md into DIR, else figures/
 
-Runs that differ in the seed alone are one setting: a curve is the mean over its seeds, a band the 95 % bootstrapped
-confidence interval. What is damaged or unfinished is left out, with a line that says why. Exit codes: 0; 1 if anything
-was left out for that reason; 2 if there is no run at all or a flag is wrong.
+Runs that differ in the seed alone are one setting: a curve is their mean, a band the 95 % bootstrap interval. What is
+damaged or unfinished is left out, with a line that says why. Exit codes: 0; 1 if any was; 2 if no run can be read.
 """
 
 import json
+import os
 import sys
 import zipfile
 from collections import Counter
@@ -22,6 +21,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import tyro
+from matplotlib.animation import PillowWriter
+from tqdm import tqdm
 
 NOT_A_SETTING = {"seed", "runs_dir", "device", "versions"}  # what runs of one setting may differ in
 COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_success", "ood_return"]
@@ -72,8 +73,7 @@ def select(runs: list[Run], problems: list[str]) -> list[Run]:
     """Leaves out what would skew a setting: unfinished runs, unless all are, and the same seed twice."""
     finished = {run.setting() for run in runs if not run.unfinished}
     newest = {}
-    # From old to new, by the time in the name: RL2-s1-20261124-053359-756920.
-    for run in sorted(runs, key=lambda run: run.folder.name[-22:]):
+    for run in sorted(runs, key=lambda run: run.folder.name[-22:]):  # by time: RL2-s1-20261124-053359-756920
         key = (run.setting(), run.seed)
         if run.unfinished and run.setting() in finished:
             problems.append(f"{run.folder} is unfinished")
@@ -95,8 +95,7 @@ def label_settings(runs: list[Run]) -> None:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
         run.label = run.method + "".join(f", {flag.replace('_', ' ')} {run.args.get(flag)}" for flag in flags)
         run.label += ", unfinished" if run.unfinished else ""
-    # Shorter ones first, so that "layers 4" comes before "layers 12".
-    labels = sorted({run.label for run in runs}, key=lambda label: (len(label), label))
+    labels = sorted({run.label for run in runs}, key=lambda label: (len(label), label))  # layers 4 before layers 12
     palette = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels)).as_hex()
     for run in runs:
         run.colour = palette[labels.index(run.label)]
@@ -119,18 +118,15 @@ def ablations(runs: list[Run]) -> dict[str, list[Run]]:
     """For each flag the runs that have another which differs in this flag alone."""
     found = {}
     for flag in sorted(set(differing_flags(runs)) - {"env", "method"}):
-        settings = {(run.setting(without=flag), run.setting()) for run in runs}
-        rivals = Counter(others for others, _ in settings)
+        rivals = Counter(rest for rest, _ in {(run.setting(without=flag), run.setting()) for run in runs})
         found[flag] = [run for run in runs if rivals[run.setting(without=flag)] > 1]
     return found
 
 
-# --- Curves -----------------------------------------------------------------------------------------------------------
 def curve(run: Run, what: str, y: np.ndarray, x: np.ndarray | None = None) -> pd.DataFrame:
     """A row a point, over x, else 1, 2, ... There is one y a run and x, so that bands are over the seeds alone."""
-    x = np.arange(1, len(y) + 1) if x is None else x
     row = {"panel": f"{run.env}: {what}", "setting": run.label, "colour": run.colour, "seed": run.seed}
-    return pd.DataFrame(row | {"x": x, "y": y})
+    return pd.DataFrame(row | {"x": np.arange(1, len(y) + 1) if x is None else x, "y": y})
 
 
 def common_steps(curves: pd.DataFrame) -> pd.DataFrame:
@@ -148,14 +144,13 @@ def learning_curves(runs: list[Run]) -> pd.DataFrame:
         column = "test_success" if run.env in judged_by_success else "test_return"
         tests = run.files["progress"].dropna(subset=column)
         curves.append(curve(run, column.replace("_", " "), tests[column], tests["env_steps"] / 1e6))
-    settings = pd.concat(curves).groupby(["panel", "setting", "colour"], sort=False)
-    return settings.apply(common_steps).reset_index()
+    return pd.concat(curves).groupby(["panel", "setting", "colour"], sort=False).apply(common_steps).reset_index()
 
 
 def episode_curves(runs: list[Run], file: str) -> pd.DataFrame:
     """Returns of successive episodes of the same task, as means over the tasks."""
-    what = "out-of-distribution return" if file == "ood" else "test return"
-    return pd.concat([curve(run, what, run.files[file]["rewards"].sum(axis=2).mean(axis=0)) for run in runs])
+    returns = [(run, run.files[file]["rewards"].sum(axis=2).mean(axis=0)) for run in runs]
+    return pd.concat([curve(run, f"{file.replace('_', ' ')} return", y) for run, y in returns])
 
 
 def refinement_curves(runs: list[Run]) -> pd.DataFrame:
@@ -167,8 +162,7 @@ def refinement_curves(runs: list[Run]) -> pd.DataFrame:
 def draw_curves(table: pd.DataFrame, xlabel: str, empty_panels: tuple[str, ...] = ()) -> plt.Figure:
     """A panel for each in the table, in each a curve a setting; then the empty ones."""
     table = table.reset_index(drop=True)
-    seeds = table.groupby("setting")["seed"].transform("nunique")
-    table["setting"] += " (seeds: " + seeds.astype(str) + ")"
+    table["setting"] += " (seeds: " + table.groupby("setting")["seed"].transform("nunique").astype(str) + ")"
     panels = [*table["panel"].unique(), *empty_panels]
     columns = min(3, len(panels))
     grid = sns.relplot(
@@ -192,8 +186,9 @@ def draw_working_memories(runs: list[Run]) -> plt.Figure:
     _, _, components = np.linalg.svd(centred, full_matrices=False)
     figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
     dots = axes.scatter(*components[:3] @ centred.T, c=memories["task"], cmap="viridis", s=4, linewidth=0)
-    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title())
-    axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
+    axes.set(
+        xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title(), xticklabels=[], yticklabels=[], zticklabels=[]
+    )
     figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.15)
     return figure
 
@@ -219,9 +214,9 @@ def draw_online_adaptation(runs: list[Run]) -> plt.Figure:
 def draw_attention(runs: list[Run]) -> plt.Figure:
     """How the current memory of the first run divides its attention over the working memories, layer by layer."""
     weights = runs[0].files["attention"]["weights"]
-    L, N = weights.shape
     figure, axes = plt.subplots(figsize=(5, 3))
-    picture = axes.imshow(weights, aspect="auto", cmap="viridis", extent=(0.5 - N, 0.5, L + 0.5, 0.5))
+    extent = (0.5 - weights.shape[1], 0.5, len(weights) + 0.5, 0.5)
+    picture = axes.imshow(weights, aspect="auto", cmap="viridis", extent=extent)
     axes.set(xlabel="working memory, in steps from now", ylabel="layer", title=runs[0].title())
     axes.locator_params(integer=True)
     figure.colorbar(picture, label="attention weight")
@@ -239,7 +234,47 @@ FIGURES = {  # the file that each needs, and what draws it from the runs that ha
 }
 
 
-# --- Summary and command line -----------------------------------------------------------------------------------------
+def open_renderer(env: str):
+    """gymnasium's own environment, seen by a camera that follows; None, and a line why, where there is no OpenGL."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
+    name = "Ant-v5" if env == "AntDir" else "HalfCheetah-v5"
+    try:
+        import gymnasium
+
+        renderer = gymnasium.make(name, render_mode="rgb_array", camera_name="track", width=240, height=160).unwrapped
+        renderer.render()
+        return renderer
+    except Exception as error:  # without OpenGL one of four kinds, by the driver
+        hint = "if OpenGL is missing, install libegl1 (Debian) and set MUJOCO_GL=egl, or osmesa"
+        print(f"film.gif: left out ({error}); {hint}", file=sys.stderr)
+
+
+def save_film(run: Run, renderer, path: Path) -> None:
+    """A slow, a middle and a fast task, or both directions, in the first episode; below, the velocity as it happens."""
+    observations, tasks = run.files["meta_test"]["observations"], run.files["meta_test"]["tasks"]
+    ant = run.env == "AntDir"
+    velocities = observations[:, :, 13:15] if ant else observations[:, :, 8:9]  # along x and y, or x
+    states = np.append(velocities.cumsum(axis=1) * renderer.dt, observations, axis=2)  # places are not observed
+    speeds = np.cos(tasks) * velocities[..., 0] + np.sin(tasks) * velocities[..., -1] if ant else velocities[..., 0]
+    good = speeds > 0.25 if ant else np.abs(speeds - tasks) <= 0.25  # held: for 20 steps
+    chosen = tasks[:, 0].argsort()[(np.linspace(0.1, 0.9, 2 if ant else 3) * len(tasks)).astype(int)]
+    limits = speeds[chosen].min() - 0.1, speeds[chosen].max() + 0.1
+    figure, writer = plt.Figure(figsize=(7.5, 3.4), layout="constrained"), PillowWriter(fps=12.5)
+    with writer.saving(figure, path, dpi=100):
+        for step in tqdm(range(0, speeds.shape[1], 2), "film.gif"):
+            figure.clear()
+            for task, above, below in zip(chosen, *figure.subplots(2, len(chosen), sharey="row")):
+                renderer.set_state(*np.split(states[task, step], [renderer.model.nq]))
+                above.imshow(renderer.render()[50:] // 32 * 32, interpolation="nearest")  # few colours: a small file
+                above.set(title=f"{TASKS[run.env]}: {tasks[task, 0]:.2f}", xticks=[], yticks=[])
+                below.hlines(0.0 if ant else tasks[task, 0], 0, speeds.shape[1], "black", ":")
+                below.plot(speeds[task, : step + 1], color=run.colour)
+                held = [f", held from step {t}" for t in range(step + 1) if good[task, t : t + 20].sum() == 20]
+                below.set(xlabel=f"step {step}" + "".join(held[:1]), ylabel="velocity (m/s)", ylim=limits)
+            writer.grab_frame()
+
+
 def mean_and_interval(values: pd.Series) -> str:
     measured = values.dropna()
     if len(measured) < 2:
@@ -263,7 +298,7 @@ def summary(runs: list[Run]) -> str:
 def write(path: Path, save: Callable) -> None:
     """Under a temporary name, which is then changed, so that path is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_stem(path.stem + ".tmp")  # the ending names the format
     save(temporary)
     temporary.replace(path)
 
@@ -271,14 +306,17 @@ def write(path: Path, save: Callable) -> None:
 def draw_all(runs: list[Run], out: Path) -> None:
     write(out / "summary.md", lambda path: path.write_text(summary(runs), encoding="utf-8"))
     figures = [(name, [run for run in runs if file in run.files], draw) for name, (file, draw) in FIGURES.items()]
-    _, draw_learning = FIGURES["meta_training"]
-    figures += [(f"ablation_{flag}", members, draw_learning) for flag, members in ablations(runs).items()]
+    figures += [(f"ablation_{flag}", members, FIGURES["meta_training"][1]) for flag, members in ablations(runs).items()]
     for name, members, draw in figures:
         if members:
             figure = draw(members)
-            write(out / f"{name}.png", partial(figure.savefig, format="png"))
+            write(out / f"{name}.png", figure.savefig)
             plt.close(figure)
             print(out / f"{name}.png")
+    run = next((run for run in runs if run.env in TASKS and "meta_test" in run.files), None)
+    if run and (renderer := open_renderer(run.env)):
+        write(out / "film.gif", partial(save_film, run, renderer))
+        renderer.close()
 
 
 def draw(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("figures")) -> int:

@@ -25,18 +25,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import plot
 
-SCRIPT = Path(os.environ.get("TRMRL", "trmrl.py"))  # or a student's own: exercises/README.md
+HERE = Path(__file__).parent
+SCRIPT = Path(os.environ.get("TRMRL", HERE / "trmrl.py"))  # or a student's own: exercises/README.md
 if not SCRIPT.exists():
     pytest.exit(f"TRMRL: there is no file {SCRIPT} here", returncode=2)
 trmrl = sys.modules["trmrl"] = importlib.import_module(SCRIPT.stem)
 from baselines import rl2  # noqa: E402 (it imports trmrl)
 
 torch.set_num_threads(1)  # threads cost more than they bring on tensors this small
-HERE = Path(__file__).parent
 TINY = "--num-tasks 2 --test-tasks 3 --test-episodes 2 --layers 2 --d-model 8 --heads 2 --minibatch-size 100".split()
 FOUR = ["--env", "PointMass", *TINY, "--total-timesteps", "320", "--eval-interval", "2"]  # iterations
 TIMES = ["wall_seconds", "steps_per_second", "rollout_seconds", "update_seconds"]
@@ -67,7 +68,7 @@ class PointMass(gymnasium.Env):
 
 
 class Mortal(PointMass):
-    """Ends an episode where the velocity leaves [-0.6, 0.6], with an observation that must not be looked at."""
+    """Ends an episode where the velocity leaves [-0.6, 0.6]. What is observed then must not be looked at, NaN or not."""
 
     def __init__(self, seed):
         self.log = []  # what happened: (velocity before, action, reward, dead, success)
@@ -82,7 +83,7 @@ class Mortal(PointMass):
         velocity, reward, _, truncated, info = super().step(action)
         self.dead = abs(velocity[0]) > 0.6
         self.log.append((before, action[0], reward, self.dead, info["success"]))
-        return np.array([np.nan]) if self.dead else velocity, reward, self.dead, truncated, info
+        return np.array([np.nan]) if velocity[0] < -0.6 else velocity, reward, self.dead, truncated, info
 
 
 def test_the_readme_shows_this_toy():
@@ -496,6 +497,9 @@ class TestMetaTests:
             X = np.c_[np.array(layers[layer]), np.ones(len(steps))]
             mse = np.mean((X[~fitted] @ np.linalg.pinv(X[fitted]) @ actions[fitted] - actions[~fitted]) ** 2)
             assert errors["regression_mse"][layer] == pytest.approx(mse, rel=1e-2, abs=1e-9)
+        embedding = files["working_memories"]["embedding"].reshape(4, 6, 8)  # every fifth step of the first episode
+        expected = agent.phi(agent.normalise(trial.transitions[0:20:5]))
+        np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-6)
         assert errors["regression_mse"][3] < 1e-9 < errors["regression_mse"][0]
         assert files["attention"]["weights"][0] == pytest.approx(attention, abs=1e-5)
         assert files["attention"]["weights"].sum(1) == pytest.approx(np.ones(3), rel=1e-5)
@@ -508,6 +512,7 @@ class TestMetaTests:
             flags += "--layers 2 --heads 2 --learning-rate 3e-3 --total-timesteps 48000"
         else:
             flags += "--minibatch-size 400 --target-kl None --learning-rate 2e-3 --total-timesteps 80000"
+            flags += " --update-epochs 6 --init-std 0.5"
         folder = run(tmp_path, *flags.split(), main=main)
         returns = progress(folder)["test_return"].dropna()
         # The best policy that ignores the rewards stays at 0: E|v*| = 0.5 a step.
@@ -661,6 +666,7 @@ class TestRuns:
             return ppo_update(*arguments)
 
         monkeypatch.setattr(trmrl, "ppo_update", interrupted)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
         assert trmrl.main([*FOUR, "--runs-dir", str(tmp_path / "broken")]) == 130
         (broken,) = (tmp_path / "broken").iterdir()
         for iterations, code in ((2, 130), (3, 0)):
@@ -864,18 +870,32 @@ def evaluations(folder: Path, column="test_return") -> np.ndarray:
 
 
 class TestFigures:
-    def test_every_figure_is_drawn_or_misses_only_what_is_damaged(self, tmp_path, capsys):
+    def test_every_figure_is_drawn_or_misses_only_what_is_damaged(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(gymnasium, "make", lambda *_, **__: 1 / 0)  # as without OpenGL
         plot.plt.rcParams["savefig.dpi"] = 30  # nobody looks at these
         folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
         folders += [fake_run(tmp_path / "deep", layers=12), fake_run(tmp_path / "ant", env="AntDir")]
         (folders[1] / "attention.npz").write_bytes(b"PK")
         assert plot.draw(folders, tmp_path / "figures") == 1
-        assert capsys.readouterr().err == f"left out: {folders[1] / 'attention.npz'} is damaged\n"
+        damaged, no_film = capsys.readouterr().err.splitlines()
+        assert damaged == f"left out: {folders[1] / 'attention.npz'} is damaged"
+        assert no_film.startswith("film.gif: left out (") and "install libegl1" in no_film
         written = {path.name for path in (tmp_path / "figures").iterdir()}
         assert written == {f"{name}.png" for name in FIGURES | {"ablation_layers"}} | {"summary.md"}
         table = (tmp_path / "figures" / "summary.md").read_text()
         assert "| HalfCheetahVel | TrMRL, layers 4 | 1.00 [1.00, 1.00] | " in table
         assert f"{evaluations(folders[2])[-1]:.2f}" in table
+
+    def test_film_of_every_second_step_follows_the_run(self, tmp_path, monkeypatch):
+        env, positions = gymnasium.make("HalfCheetah-v5").unwrapped, []
+        monkeypatch.setattr(gymnasium, "make", lambda *_, **__: env)
+        monkeypatch.setattr(env, "render", lambda: positions.append(env.data.qpos.copy()) or np.zeros((160, 240, 3)))
+        (run,) = plot.load_runs([fake_run(tmp_path / "run")], [])
+        plot.save_film(run, plot.open_renderer(run.env), tmp_path / "film.gif")
+        with Image.open(tmp_path / "film.gif") as film:
+            assert film.n_frames == 2 and film.size == (750, 340) and film.info["duration"] == 80
+        observations = run.files["meta_test"]["observations"][run.files["meta_test"]["tasks"][:, 0].argmax()]
+        assert positions[-1] == pytest.approx([observations[:3, 8].sum() * env.dt, *observations[2, :8]])
 
     def test_figure_of_meta_training_shows_the_mean_of_the_evaluations(self, tmp_path):
         """Seeds whose episodes ended early come onto common steps; one seed has no band."""
