@@ -244,9 +244,7 @@ def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int)
 class Trial:
     """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. A transition is stored once."""
 
-    transitions: (
-        Tensor  # (T + 1, n, S + A + 2): (s, a, r, η), s 0 after a death; at last the observation after the trial
-    )
+    transitions: Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last s is observed after the trial; 0 after a death
     log_probs: Tensor  # (T, n) of the actions taken
     values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
     valid: Tensor  # (T, n), False from an early termination to the end of its episode
