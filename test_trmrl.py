@@ -37,7 +37,7 @@ from baselines import rl2  # noqa: E402 (it imports trmrl)
 
 torch.set_num_threads(1)  # threads cost more than they bring on tensors this small
 TINY = "--num-tasks 2 --test-tasks 3 --test-episodes 2 --layers 2 --d-model 8 --heads 2 --minibatch-size 100".split()
-FOUR = ["--env", "PointMass", *TINY, "--total-timesteps", "320", "--eval-interval", "2"]  # iterations
+FOUR = ["--env", "PointMass", *TINY, "--total-timesteps", "320", "--eval-interval", "2"]  # four iterations
 TIMES = ["wall_seconds", "steps_per_second", "rollout_seconds", "update_seconds"]
 
 
@@ -277,9 +277,8 @@ class TestTrial:
         alive = trial.valid[-1] & (trial.transitions[-1, :, 0] != 0)
         assert alive.any() and not alive.all()
         assert ((trial.values[-1] != 0) == alive).all()  # the trial's end is a truncation, a death is not
-        assert (
-            trial.transitions[:, :, 1].abs().max() > 1
-        )  # the memory holds the action that was drawn, not the clipped one
+        # The memory holds the action that was drawn, not the clipped one.
+        assert trial.transitions[:, :, 1].abs().max() > 1
 
     @torch.no_grad()
     def test_exploration_has_the_policys_deviation_and_meta_tests_have_none(self):
@@ -864,7 +863,7 @@ def fake_run(folder: Path, env="HalfCheetahVel", seed=1, success=False, steps=10
 
 
 def evaluations(folder: Path, column="test_return") -> np.ndarray:
-    return pd.read_csv(folder / "progress.csv")[column].dropna().to_numpy()
+    return progress(folder)[column].dropna().to_numpy()
 
 
 class TestFigures:
