@@ -754,13 +754,13 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
     run, rows = None, []
     try:
         args, checkpoint = parse(sys.argv[1:] if argv is None else argv, args_class, agent_class.method)
-        if "RANK" in os.environ:
-            distributed.init_process_group(timeout=timedelta(hours=6))  # the meta-tests of the first may take long
         make_env = functools.partial(ENVS[args.env], seed=args.seed)
         envs = TaskVectorEnv(make_env, processes=min(torch.get_num_threads(), args.num_tasks))
         torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
         agent = agent_class(envs, args).to(args.device)
         optimizer = Adam(agent.parameters(), eps=1e-5, fused=True)
+        if "RANK" in os.environ:  # after Adam: its imports would keep the group's threads alive, to abort the exit
+            distributed.init_process_group(timeout=timedelta(hours=6))  # the meta-tests of the first may take long
         if checkpoint:
             run, rows = Path(args.resume or args.test), checkpoint["rows"]
             try:
