@@ -24,7 +24,7 @@ import tyro
 from matplotlib.animation import PillowWriter
 from tqdm import tqdm
 
-NOT_A_SETTING = {"seed", "runs_dir", "device", "versions"}  # what runs of one setting may differ in
+NOT_A_SETTING = {"seed", "eval_interval", "runs_dir", "device", "versions"}  # what runs of one setting may differ in
 COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_success", "ood_return"]
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 plt.switch_backend("Agg")  # there may be no screen
@@ -234,6 +234,7 @@ FIGURES = {  # the file that each needs, and what draws it from the runs that ha
 }
 
 
+# --- Film -------------------------------------------------------------------------------------------------------------
 def open_renderer(env: str):
     """gymnasium's own environment, seen by a camera that follows; None, and a line why, where there is no OpenGL."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -246,8 +247,7 @@ def open_renderer(env: str):
         renderer.render()
         return renderer
     except Exception as error:  # without OpenGL one of four kinds, by the driver
-        hint = "if OpenGL is missing, install libegl1 (Debian) and set MUJOCO_GL=egl, or osmesa"
-        print(f"film.gif: left out ({error}); {hint}", file=sys.stderr)
+        print(f"film.gif: left out ({error}); for OpenGL, install libegl1 and set MUJOCO_GL=egl", file=sys.stderr)
 
 
 def save_film(run: Run, renderer, path: Path) -> None:

@@ -644,7 +644,7 @@ def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, d
     for name, value in vars(args).items():
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
         if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: takes a number from {low} to {high}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: takes a number from {low:g} to {high:g}")
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
     if args.num_tasks % int(os.environ.get("WORLD_SIZE", 1)):
