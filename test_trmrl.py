@@ -672,7 +672,7 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_two_processes_make_the_update_of_one(self, tmp_path, dies):
+def test_two_processes_make_the_update_of_one(tmp_path, dies):
     """When one is killed all end."""
     (tmp_path / "script.py").write_text(TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
@@ -890,7 +890,7 @@ class TestFigures:
 
 @pytest.mark.benchmark
 @pytest.mark.parametrize("flag, values", [("memory_length", (1, 5, 10, 25, 50)), ("layers", (1, 2, 4, 8, 12))])
-def test_growth_of_an_iteration(self, flag, values):
+def test_growth_of_an_iteration(flag, values):
     """Collecting and one whole epoch on HalfCheetahVel, in seconds against those of the first value."""
     envs, durations = vector(trmrl.HalfCheetahVel), []
     for value in values:
