@@ -162,7 +162,7 @@ def refinement_curves(runs: list[Run]) -> pd.DataFrame:
 def draw_curves(table: pd.DataFrame, xlabel: str, empty_panels: tuple[str, ...] = ()) -> plt.Figure:
     """A panel for each in the table, in each a curve a setting; then the empty ones."""
     table = table.reset_index(drop=True)
-    table["setting"] += " (seeds: " + table.groupby("setting")["seed"].transform("nunique").astype(str) + ")"
+    table["setting"] += table.groupby("setting")["seed"].transform(lambda seeds: f" (n = {seeds.nunique()})")
     panels = [*table["panel"].unique(), *empty_panels]
     columns = min(3, len(panels))
     grid = sns.relplot(
@@ -259,7 +259,7 @@ def save_film(run: Run, renderer, path: Path) -> None:
     speeds = np.cos(tasks) * velocities[..., 0] + np.sin(tasks) * velocities[..., -1] if ant else velocities[..., 0]
     good = speeds > 0.25 if ant else np.abs(speeds - tasks) <= 0.25  # held: for 20 steps
     chosen = tasks[:, 0].argsort()[(np.linspace(0.1, 0.9, 2 if ant else 3) * len(tasks)).astype(int)]
-    limits = speeds[chosen].min() - 0.1, speeds[chosen].max() + 0.1
+    limits = min(speeds[chosen].min(), 0) - 0.1, max(speeds[chosen].max(), 0 if ant else tasks.max()) + 0.1
     figure, writer = plt.Figure(figsize=(7.5, 3.4), layout="constrained"), PillowWriter(fps=12.5)
     with writer.saving(figure, path, dpi=100):
         for step in tqdm(range(0, speeds.shape[1], 2), "film.gif"):

@@ -59,9 +59,9 @@ from tqdm import tqdm
 class Args:
     """TrMRL: meta-train on a distribution of tasks, then meta-test with frozen weights."""
 
-    env: str = "HalfCheetahVel"  # task distribution (App. B), a name in ENVS
+    env: str = "HalfCheetahVel"  # tasks (App. B): HalfCheetahVel, AntDir, AntDir57, ML1-Reach, ML1-Push or ML45-Train
     seed: int = 1  # everything random follows from it: tasks, weights, exploration
-    total_timesteps: int = 4_000_000  # environment steps of meta-training
+    total_timesteps: int = 4_000_000  # environment steps of meta-training, rounded up to whole iterations
     num_tasks: int = 20  # tasks a batch; each gives one trial an iteration (Sec. 5.1)
     episodes_per_trial: int = 2  # E, the episodes of one task that are concatenated (Sec. 5.1)
     memory_length: int = 5  # N, the working memories in sight, the current one included (Sec. 4.1)
@@ -127,9 +127,8 @@ class TransformerLayer(nn.Module):
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
     """T-Fixup (Sec. 3.3; Huang et al. 2020), in place, on layers that are Xavier already.
 
-    The paper's N in 0.67 N^(-1/4) is the number of layers, L here. "The linear projection matrices in each encoder
-    attention block" are W_v and W_o: queries and keys stay Xavier, as in Huang et al. (the authors' code scales both).
-    The input embedding is scaled by a further (9 L)^(-1/4), as in Huang et al.; the paper leaves it out."""
+    The paper's N in 0.67 N^(-1/4) is the number of layers, L here. As in Huang et al. queries and keys stay Xavier (the
+    authors' code scales them too), and the embedding is scaled by (9 L)^(-1/4), which the paper leaves out."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
     phi.weight *= (9 * L) ** -0.25
@@ -182,9 +181,10 @@ class Agent(nn.Module):
         self.register_buffer("return_std", torch.ones(()))  # and its 1
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        """Features with mean 0 and deviation 1 over what training has seen, and never beyond ± input_limit."""
+        """Features with mean 0 and deviation 1 over what training has seen, or less: none is more than doubled, or else
+        an object's place, a matter of centimetres, would tell each training goal. Never beyond ± input_limit."""
         mean, std = mean_and_std(self.sums)
-        return ((transitions - mean) / std).clamp(-self.input_limit, self.input_limit)
+        return ((transitions - mean) / std.clamp(min=0.5)).clamp(-self.input_limit, self.input_limit)
 
     @torch.no_grad()
     def rescale_value(self, mean: Tensor, std: Tensor) -> None:
@@ -626,8 +626,6 @@ class RunFailed(Exception):
 def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
     """The command line over its environment's defaults, or over a run's own arguments; and that run's checkpoint."""
     args, checkpoint = tyro.cli(args_class, args=[flag for flag in argv if flag not in ("-h", "--help")]), {}
-    if args.env not in ENVS:
-        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
     values = {"env": args.env} | DEFAULTS.get(args.env, {})
     if args.resume and args.test:
         raise UserError("--resume, --test: take one of the two")
@@ -640,6 +638,8 @@ def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, d
         if checkpoint["args"]["method"] != method:
             raise UserError(f"--resume, --test: {run} is a run of {checkpoint['args']['method']}, not of {method}")
     args = tyro.cli(args_class, args=argv, default=args_class(**values))
+    if args.env not in ENVS:
+        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
     limits = {"seed": (0, 2**32), "gamma": (0, 1), "gae_lambda": (0, 1)}  # of others: 1 of whole numbers, else above 0
     for name, value in vars(args).items():
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
@@ -767,7 +767,7 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
                 agent.load_state_dict(checkpoint["agent"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
             except (RuntimeError, ValueError) as error:
-                raise UserError(f"{run}: its network has another shape than --env, --d-model, ... say") from error
+                raise UserError(f"{run}: its network has another shape than --layers, --d-model, ... say") from error
         elif first:
             run = Path(args.runs_dir, f"{args.env}-{agent.method}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
             try:
