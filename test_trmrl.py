@@ -472,16 +472,16 @@ class TestMetaTests:
     @pytest.mark.parametrize("main", [trmrl.main, main_rl2])
     def test_learns_a_toy_task_distribution(self, tmp_path, main):
         """The point mass reaches unseen hidden velocities, which it can only infer from its rewards."""
-        flags = "--env PointMass --d-model 16 --num-tasks 40 --gamma 0.9 --total-timesteps 80000 --init-std 0.5 "
-        if main is trmrl.main:
-            flags += "--layers 2 --heads 2 --learning-rate 3e-3 --total-timesteps 48000 --init-std 0.3"
-        else:
-            flags += "--minibatch-size 400 --target-kl None --learning-rate 2e-3"
+        flags = "--env PointMass --d-model 16 --num-tasks 40 --gamma 0.9 --total-timesteps "
+        flags += {
+            trmrl.main: "64000 --layers 2 --heads 2 --learning-rate 3e-3",
+            main_rl2: "80000 --minibatch-size 400 --target-kl None --learning-rate 4e-3 --init-std 0.5",
+        }[main]
         folder = run(tmp_path, *flags.split(), main=main)
         returns = progress(folder)["test_return"].dropna()
         # The best policy that ignores the rewards stays at 0: E|v*| = 0.5 a step.
         assert returns.iloc[0] < -8 and returns.iloc[-1] > -4.5
-        assert np.load(folder / "meta_test.npz")["success"].mean() > 0.8
+        assert np.load(folder / "meta_test.npz")["success"][:, :2].mean() > 0.8  # RL² was trained on two in a row
         assert json.loads((folder / "args.json").read_text())["method"] in folder.name
 
 
@@ -610,10 +610,11 @@ class TestRuns:
         assert list(rows) == columns.split() and list(rows["env_steps"]) == [800, 1600, 2400, 3200, 4000]
         assert rows["test_return"].notna().tolist() == [True, False, True, False, True]
         assert list(rows["learning_rate"] / trmrl.Args.learning_rate) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-        board = EventAccumulator(str(folder)).Reload()
-        for name in ("train_return", "test_return", "approx_kl"):
-            assert [event.value for event in board.Scalars(name)] == pytest.approx(list(rows[name].dropna()), rel=1e-5)
-        assert set(torch.load(folder / "checkpoint.pt", weights_only=True)) == {"args", "rows", "agent", "optimizer"}
+        board = EventAccumulator(str(folder)).Reload().Scalars("test_return")
+        assert [event.value for event in board] == pytest.approx(list(rows["test_return"].dropna()), rel=1e-5)
+        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert set(checkpoint) == {"args", "rows", "agent", "optimizer"}
+        assert checkpoint["agent"]["log_std"].exp().max() <= 0.2001 * trmrl.Args.init_std  # as annealed as the rate
 
     def test_interrupt_and_resume_is_the_unbroken_run(self, tmp_path, monkeypatch, capsys):
         """Ctrl-C in the third iteration, SIGTERM in the fourth, then on to the end; another seed is another run."""
@@ -880,8 +881,7 @@ class TestFigures:
         assert [run.folder for run in plot.load_runs([half, new, old], problems)] == [new]
         assert problems == [f"{half} is unfinished"]
         assert capsys.readouterr().err == f"left out: {old} has the setting and seed of {new}\n"
-        (run,) = plot.load_runs([half], problems)
-        assert run.label == "TrMRL, unfinished" and len(plot.learning_curves([run])) == 2
+        assert plot.load_runs([half], problems)[0].label == "TrMRL, unfinished"
 
 
 @pytest.mark.benchmark

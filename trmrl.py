@@ -72,7 +72,7 @@ class Args:
     init_std: float = 0.3  # initial standard deviation of the Gaussian policy; it is learned
     input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 5e-4  # of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    anneal: bool = True  # lower the learning rate and the largest deviation of the policy linearly to 0
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     clip_coef: float = 0.2  # PPO's clipping range of the probability ratio
@@ -440,8 +440,8 @@ def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dic
 
 # --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
 # A task distribution is a gymnasium.Env with Box spaces and three things more: horizon, the steps of an episode;
-# splits, ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), tasks (n, ·), numbers that say what to do.
-# Its attribute task, a row of those, is set before each reset. info["success"], if it has one, is of that step.
+# splits, ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), rows of numbers (n, ·) that say what to do.
+# task, one such row, is set before each reset. info["success"], if there is one, is of that step.
 class HalfCheetahVel(gymnasium.Wrapper):
     """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
 
@@ -688,8 +688,7 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
     Under torchrun each process collects its share of the tasks, and the first evaluates and writes."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
-    board = SummaryWriter(run) if process == 0 else None
-    scores = {}
+    board, scores = SummaryWriter(run) if process == 0 else None, {}
     with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0) as bar:
         while env_steps < args.total_timesteps:
             started, iteration = time.monotonic(), len(rows) + 1
@@ -698,11 +697,12 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
             agent.to("cpu")  # where small batches are quick
             trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
             collected = time.monotonic()
-            learning_rate = args.learning_rate * (1 - env_steps / args.total_timesteps if args.anneal_lr else 1.0)
-            optimizer.param_groups[0]["lr"] = learning_rate
+            left = 1 - env_steps / args.total_timesteps if args.anneal else 1.0
+            optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * left
             agent.to(args.device)
             trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
             row = ppo_update(agent, optimizer, trial, args, rng)
+            agent.log_std.data.clamp_(max=math.log(args.init_std * left))  # a meta-test acts without noise
             agent.sums += sums_of(trial.transitions[:-1][trial.valid])  # now: the update saw what acting saw
             updated = time.monotonic()
             rewards, success = episode_results(trial, args.episodes_per_trial)
