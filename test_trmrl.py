@@ -428,9 +428,9 @@ class TestMetaTests:
             np.testing.assert_array_equal(arrays["rewards"], results[split]["rewards"])
         drawn = [trmrl.meta_test(agent, envs, trmrl.Args(test_tasks=30, seed=4), 1)["test"]["tasks"]]
         for purpose in ("train tasks", "train"):
-            streams = [trmrl.random_stream(3, purpose, iteration) for iteration in range(300)]
+            streams = [trmrl.random_stream(3, purpose, i, process) for i in range(150) for process in (0, 1)]
             drawn += [envs.sample_tasks("train", 30, stream) for stream in streams]
-        assert not np.isin(results["test"]["tasks"], drawn).any()
+        assert len(np.unique(drawn)) == np.size(drawn) and not np.isin(results["test"]["tasks"], drawn).any()
 
     @torch.no_grad()
     def test_refinement_against_scalar_loops(self):
