@@ -72,9 +72,7 @@ class Args:
     init_std: float = 0.3  # initial standard deviation of the Gaussian policy; it is learned
     input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 5e-4  # of Adam
-    anneal: bool = (
-        True  # lower the learning rate linearly to 0; over the last third also the policy's largest deviation
-    )
+    anneal: bool = True  # lower the learning rate linearly to 0, over the last third the policy's deviation too
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     clip_coef: float = 0.2  # PPO's clipping range of the probability ratio
