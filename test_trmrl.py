@@ -35,7 +35,6 @@ torch.set_num_threads(1)  # threads cost more than they bring on tensors this sm
 TINY = "--num-tasks 2 --test-tasks 3 --test-episodes 2 --layers 2 --d-model 8 --heads 2 --minibatch-size 100".split()
 FOUR = ["--env", "PointMass", *TINY, "--total-timesteps", "320", "--eval-interval", "2"]  # four iterations
 main_rl2 = functools.partial(trmrl.main, agent_class=rl2.RL2, args_class=rl2.Args)
-TIMES = ["wall_seconds", "steps_per_second", "rollout_seconds", "update_seconds"]
 
 
 class PointMass(gymnasium.Env):
@@ -370,11 +369,10 @@ class TestPPO:
 
     def test_a_high_kl_ends_the_update(self):
         rows = {}
-        for target_kl in (None, 1e9, 1e-9, 0.008, 0.012):
+        for kl in (None, 1e9, 1e-9, 0.008, 0.012):
             agent = make_agent()
             optimizer, trial = torch.optim.Adam(agent.parameters(), lr=1e-2), trial_of(vector(), agent)
-            flags = dict(minibatch_size=60, update_epochs=5, target_kl=target_kl)
-            row = rows[target_kl] = update(agent, trial, optimizer, **flags)
+            row = rows[kl] = update(agent, trial, optimizer, minibatch_size=60, update_epochs=5, target_kl=kl)
             assert row["gradient_steps"] == optimizer.state[agent.log_std]["step"].item()
         steps = [row["gradient_steps"] for row in rows.values()]
         assert steps[:3] == [10, 10, 1]  # what has not moved has no divergence
@@ -391,7 +389,7 @@ class TestPPO:
 
 
 class TestMetaTests:
-    def test_meta_test_files(self, tmp_path):
+    def test_meta_test_files(self, tmp_path, monkeypatch, capsys):
         """Shapes and meaning of what a run writes; frozen weights; the same again by --test."""
         folder = run(tmp_path, "--env", "PointMass", *TINY, "--total-timesteps", "200")
         checkpoint = (folder / "checkpoint.pt").read_bytes()
@@ -415,8 +413,9 @@ class TestMetaTests:
         assert trmrl.main(["--test", str(folder)]) == 0
         assert (folder / "checkpoint.pt").read_bytes() == checkpoint
         for name, data in files.items():
-            again = np.load(folder / f"{name}.npz")
-            assert all(np.array_equal(data[key], again[key]) for key in data)
+            np.testing.assert_equal(dict(np.load(folder / f"{name}.npz")), data)
+        monkeypatch.delitem(trmrl.ENVS, "PointMass")  # a run of an environment that the script does not have
+        assert trmrl.main(["--test", str(folder)]) == 2 and "--env PointMass: takes" in capsys.readouterr().err
 
     def test_meta_tests_take_mean_actions_on_tasks_that_training_never_draws(self):
         envs = vector()
@@ -463,8 +462,7 @@ class TestMetaTests:
             mse = np.mean((X[~fitted] @ np.linalg.pinv(X[fitted]) @ actions[fitted] - actions[~fitted]) ** 2)
             assert errors["regression_mse"][layer] == pytest.approx(mse, rel=1e-2, abs=1e-9)
         embedding = files["working_memories"]["embedding"].reshape(4, 6, 8)  # every fifth step of the first episode
-        expected = agent.phi(agent.normalise(trial.transitions[0:20:5]))
-        np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(embedding, agent.phi(agent.normalise(trial.transitions[0:20:5])), 1e-4, 1e-6)
         assert errors["regression_mse"][3] < 1e-9 < errors["regression_mse"][0]
         assert files["attention"]["weights"][0] == pytest.approx(attention, abs=1e-5)
         assert files["attention"]["weights"].sum(1) == pytest.approx(np.ones(3), rel=1e-5)
@@ -584,8 +582,8 @@ class TestEnvironments:
 def contents(folder: Path) -> list:
     """The table, but for the times, and every number of the checkpoint."""
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    table = progress(folder).drop(columns=TIMES).to_numpy()
-    return [torch.from_numpy(table), checkpoint["agent"], checkpoint["optimizer"]["state"]]
+    table = progress(folder).drop(columns=["wall_seconds", "steps_per_second", "rollout_seconds", "update_seconds"])
+    return [torch.from_numpy(table.to_numpy()), checkpoint["agent"], checkpoint["optimizer"]["state"]]
 
 
 class TestRuns:
@@ -610,8 +608,9 @@ class TestRuns:
         assert list(rows) == columns.split() and list(rows["env_steps"]) == [800, 1600, 2400, 3200, 4000]
         assert rows["test_return"].notna().tolist() == [True, False, True, False, True]
         assert list(rows["learning_rate"] / trmrl.Args.learning_rate) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-        board = EventAccumulator(str(folder)).Reload().Scalars("test_return")
-        assert [event.value for event in board] == pytest.approx(list(rows["test_return"].dropna()), rel=1e-5)
+        board = EventAccumulator(str(folder)).Reload()
+        for name in ("train_return", "test_return", "approx_kl"):
+            assert [event.value for event in board.Scalars(name)] == pytest.approx(list(rows[name].dropna()), rel=1e-5)
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
         assert set(checkpoint) == {"args", "rows", "agent", "optimizer"}
         assert checkpoint["agent"]["log_std"].exp().max() <= 0.6001 * trmrl.Args.init_std  # as a fifth is left
@@ -705,6 +704,7 @@ class TestMistakes:
             ("--layers 0", "--layers 0: takes a number from 1"),
             ("--gamma 1.5", "--gamma 1.5: takes a number from 0 to 1"),
             ("--seed -1", "--seed -1: takes a number from 0"),
+            ("--target-kl 0", "--target-kl 0"),
             *((flag, flag) for flag in ("--learning-rate nan", "--device abacus", "--runs-dir /dev/null")),
             ("--resume nowhere", "--resume, --test: take a run's folder; nowhere"),
             ("--test nowhere --resume nowhere", "--resume, --test: take one"),

@@ -69,7 +69,7 @@ class Args:
     heads: int = 4  # ω, the attention heads (Eq. 1); a divisor of d_model
     d_model: int = 32  # d, the size of a memory; the feed-forward block is four times as wide
     t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
-    init_std: float = 0.3  # initial standard deviation of the Gaussian policy; it is learned
+    init_std: float = 0.3  # initial standard deviation of the Gaussian policy, and its largest; it is learned
     input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 5e-4  # of Adam
     anneal: bool = True  # lower the learning rate linearly to 0, over the last third the policy's deviation too
@@ -126,7 +126,6 @@ class TransformerLayer(nn.Module):
 @torch.no_grad()
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
     """T-Fixup (Sec. 3.3; Huang et al. 2020), in place, on layers that are Xavier already.
-
     The paper's N in 0.67 N^(-1/4) is the number of layers, L here. As in Huang et al. queries and keys stay Xavier (the
     authors' code scales them too), and the embedding is scaled by (9 L)^(-1/4), which the paper leaves out."""
     L = len(layers)
@@ -688,7 +687,8 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
     Under torchrun each process collects its share of the tasks, and the first evaluates and writes."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
-    board, scores = SummaryWriter(run) if process == 0 else None, {}
+    board = SummaryWriter(run) if process == 0 else None
+    scores = {}  # of the last evaluation
     with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0) as bar:
         while env_steps < args.total_timesteps:
             started, iteration = time.monotonic(), len(rows) + 1
