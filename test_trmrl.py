@@ -389,7 +389,7 @@ class TestPPO:
 
 
 class TestMetaTests:
-    def test_meta_test_files(self, tmp_path, monkeypatch, capsys):
+    def test_meta_test_files(self, tmp_path):
         """Shapes and meaning of what a run writes; frozen weights; the same again by --test."""
         folder = run(tmp_path, "--env", "PointMass", *TINY, "--total-timesteps", "200")
         checkpoint = (folder / "checkpoint.pt").read_bytes()
@@ -414,8 +414,6 @@ class TestMetaTests:
         assert (folder / "checkpoint.pt").read_bytes() == checkpoint
         for name, data in files.items():
             np.testing.assert_equal(dict(np.load(folder / f"{name}.npz")), data)
-        monkeypatch.delitem(trmrl.ENVS, "PointMass")  # a run of an environment that the script does not have
-        assert trmrl.main(["--test", str(folder)]) == 2 and "--env PointMass: takes" in capsys.readouterr().err
 
     def test_meta_tests_take_mean_actions_on_tasks_that_training_never_draws(self):
         envs = vector()
@@ -636,7 +634,7 @@ class TestRuns:
         assert contents(other)[0][-1].tolist() != contents(straight)[0][-1].tolist()
 
     @pytest.mark.parametrize("env", ["AntDir", "ML45-Train"])
-    def test_other_environments_train_and_meta_test(self, tmp_path, monkeypatch, env):
+    def test_other_environments_train_and_meta_test(self, tmp_path, monkeypatch, capsys, env):
         """A few seconds of each; ML45-Train with two of its environments."""
         handful = functools.partial(trmrl.MetaWorld, ("drawer-close-v3", "reach-wall-v3"), False)
         monkeypatch.setitem(trmrl.ENVS, "ML45-Train", handful)
@@ -647,6 +645,8 @@ class TestRuns:
         assert np.isnan(meta_test["success"]).all() == (not succeeds)
         assert np.isfinite(last["test_success"]) == np.isfinite(last["train_success"]) == succeeds
         assert not (folder / "ood.npz").exists() and np.isnan(last["ood_return"])
+        monkeypatch.delitem(trmrl.ENVS, env)  # a run of an environment that the script does not have
+        assert trmrl.main(["--test", str(folder)]) == 2 and f"--env {env}: takes" in capsys.readouterr().err
 
 
 # What each of torchrun's processes runs; with "die" in the environment process 1 is killed in its third iteration.
