@@ -1,0 +1,384 @@
+"""The paper's claims, measured on results/runs: python results/claims.py writes the tables of both READMEs.
+
+A claim's measure and its verdict's rule stand in its function; both were fixed before the runs. An interval is 95 %, by
+Student's t over seeds (Welch's for a difference). What has no runs yet is "not run".
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import linregress, t, ttest_1samp, ttest_ind
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "results" / "runs"
+sys.path.insert(0, str(ROOT))
+import trmrl  # noqa: E402 (it is in the folder above)
+
+ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
+CHEETAH, REACH = "HalfCheetahVel --total-timesteps 2000000", "ML1-Reach --total-timesteps 1500000"
+
+
+def name_of(script: str, flags: str, seed: int) -> str:
+    """A run's folder: trmrl-HalfCheetahVel-layers-8-s13."""
+    return "-".join([Path(script).stem, *flags.replace("--", "").split(), f"s{seed}"])
+
+
+# --- What needs the network: C6 and Theorem 4.1 -----------------------------------------------------------------------
+def r_squared(features: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> float:
+    """Of a linear model of the targets, fitted where fitted is True, on the others."""
+    features = np.column_stack([features, np.ones(len(features))])
+    weights = np.linalg.lstsq(features[fitted], targets[fitted])[0]
+    errors = targets[~fitted] - features[~fitted] @ weights
+    return 1 - errors.var() / targets[~fitted].var()
+
+
+def risks(alpha: torch.Tensor, values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Bayes risks (..., C) of candidates (..., C, d): the α-weighted mean (..., N) of - cos(candidate, value_t)."""
+    cosines = torch.nn.functional.cosine_similarity(candidates[..., :, None, :], values[..., None, :, :], dim=-1)
+    return -(cosines * alpha[..., None, :]).sum(-1)
+
+
+def violations(alpha: torch.Tensor, values: torch.Tensor) -> float:
+    """How often, of all attentions α (..., N), a single value (..., N, d) has a smaller risk than their consensus."""
+    consensus = risks(alpha, values, (alpha[..., None, :] @ values))
+    return (risks(alpha, values, values).amin(-1) < consensus[..., 0] - 1e-5).float().mean().item()
+
+
+@torch.no_grad()
+def probe(run: Path) -> dict[str, np.ndarray]:
+    """C6: R² of linear models from φ, and from raw transitions, to v*. T: violations of Theorem 4.1 by layer.
+
+    Both on 60 unseen tasks, their first episodes by mean actions; the models are fitted on the first 40 tasks."""
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    args = trmrl.Args(**{name: checkpoint["args"][name] for name in vars(trmrl.Args()) if name not in ("resume", "test")})
+    envs = trmrl.TaskVectorEnv(lambda: trmrl.ENVS[args.env](seed=args.seed), processes=1)
+    agent = trmrl.Agent(envs, args)
+    agent.load_state_dict(checkpoint["agent"])
+    rng = trmrl.random_stream(args.seed, "refinement")
+    tasks = envs.sample_tasks("test", 60, rng)
+    trial = trmrl.collect_trial(agent, envs, tasks, 1, rng, explore=False)
+    steps, task = trial.valid.nonzero(as_tuple=True)
+    full = steps >= args.memory_length - 1  # where no PAD is in sight
+    steps, task = steps[full], task[full]
+    projected = []
+    hooks = [layer.value.register_forward_hook(lambda *call: projected.append(call[2])) for layer in agent.layers]
+    _, attention = agent.refine(trial.transitions, steps, task)
+    for hook in hooks:
+        hook.remove()
+    transitions = agent.normalise(trial.transitions[steps, task])
+    result = {"violations": [], "violations_normalised": []}
+    for alpha, values in zip(attention, projected):
+        values = values.unflatten(2, (args.heads, -1)).transpose(1, 2)  # (B, ω, N, d/ω)
+        result["violations"].append(violations(alpha, values))
+        result["violations_normalised"].append(violations(alpha, torch.nn.functional.normalize(values, dim=-1)))
+    for name, features in (("r2_memories", agent.phi(transitions)), ("r2_raw", trial.transitions[steps, task])):
+        result[name] = r_squared(features.numpy().astype(float), tasks[task, 0], (task < 40).numpy())
+    return {name: np.array(value) for name, value in result.items()}
+
+
+# --- Runs, measures, intervals ----------------------------------------------------------------------------------------
+class Run:
+    """One folder of results/runs."""
+
+    def __init__(self, folder: Path):
+        self.args = json.loads((folder / "args.json").read_text())
+        self.progress = pd.read_csv(folder / "progress.csv")
+        self.files = {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
+        self.by_success = self.progress["test_success"].notna().any()
+        self.tests = self.progress["test_success" if self.by_success else "test_return"].to_numpy()
+        self.steps = self.progress["env_steps"].to_numpy()
+        self.minutes = self.progress["wall_seconds"].to_numpy() / 60
+
+    def episodes(self, split: str = "meta_test") -> np.ndarray:
+        """Success, or else return, of each episode (6,), as a mean over the tasks of the last meta-test."""
+        arrays = self.files[split]
+        return arrays["success"].mean(0) if self.by_success else arrays["rewards"].sum(2).mean(0)
+
+    def final(self) -> float:
+        return self.tests[-3:].mean()
+
+    def area(self) -> float:
+        """Under the learning curve: the mean test return, or success, over all of training."""
+        return np.trapezoid(self.tests, self.steps) / (self.steps[-1] - self.steps[0])
+
+
+def load(flags: str, script: str = "trmrl") -> list[Run]:
+    """Of all seeds. Raises LookupError if there is no such run."""
+    folders = sorted(KEPT.glob(name_of(script, flags, 0)[:-1] + "[0-9]*"))
+    if not folders:
+        raise LookupError
+    return [Run(folder) for folder in folders]
+
+
+class Interval:
+    """The mean of a number per seed, or with minus the difference of two such, and its 95 % interval."""
+
+    def __init__(self, values: list, minus: list | None = None):
+        self.mean = np.mean(values) - (0 if minus is None else np.mean(minus))
+        test = ttest_1samp(values, 0) if minus is None else ttest_ind(values, minus, equal_var=False)
+        self.low, self.high = test.confidence_interval() if min(len(values), len(minus or values)) > 1 else (np.nan,) * 2
+
+    def __str__(self) -> str:
+        digits = 1 if abs(self.mean) >= 10 else 2
+        text = f"{self.mean:.{digits}f}"
+        return text if np.isnan(self.low) else f"{text} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def above(self, limit: float) -> str:
+        return "confirmed" if self.low > limit else "refuted" if self.high < limit else "not decided"
+
+
+def each(measure: Callable, runs: list[Run]) -> list[float]:
+    return [float(measure(run)) for run in runs]
+
+
+# --- The claims: each returns what was measured, and the verdict ------------------------------------------------------
+def first_step(run: Run) -> int:
+    """From which the mean reward of the first episode stays within 0.1 of its mean over steps 100 to 200."""
+    rewards = run.files["meta_test"]["rewards"][:, 0].mean(0)
+    far = np.abs(rewards - rewards[100:].mean()) > 0.1
+    return far.nonzero()[0].max(initial=-1) + 1
+
+
+def c1() -> tuple[str, str]:
+    """Confirmed if the interval lies below 30 steps."""
+    steps = each(first_step, load("HalfCheetahVel"))
+    return f"first step within 0.1: {Interval(steps)}", Interval([-step for step in steps]).above(-30)
+
+
+def c2() -> tuple[str, str]:
+    """Confirmed if the gain's interval lies below a tenth of what training has gained."""
+    runs = load("HalfCheetahVel")
+    gains = each(lambda run: run.episodes()[-1] - run.episodes()[0], runs)
+    shares = each(lambda run: (run.episodes()[0] - run.episodes()[-1]) / (run.episodes()[0] - run.tests[0]), runs)
+    return f"episode 6 less episode 1: {Interval(gains)}", Interval(shares).above(-0.1)
+
+
+def c3() -> tuple[str, str]:
+    """Confirmed if both intervals lie above 0."""
+    ours, theirs = load("HalfCheetahVel"), load("HalfCheetahVel", "rl2")
+    better = Interval(*(each(lambda run: run.episodes("ood")[0], runs) for runs in (ours, theirs)))
+    gap = Interval(*(each(lambda run: run.episodes()[0] - run.episodes("ood")[0], runs) for runs in (theirs, ours)))
+    verdicts = {better.above(0), gap.above(0)}
+    text = f"OOD return, TrMRL less RL²: {better}; RL²'s gap from test to OOD less TrMRL's: {gap}"
+    return text, verdicts.pop() if len(verdicts) == 1 else "not decided"
+
+
+def falls(error: str) -> tuple[str, str]:
+    """Confirmed if the error falls at each layer in each seed, refuted if in none."""
+    runs = load("HalfCheetahVel")
+    falling = [(np.diff(run.files["refinement"][error]) < 0).all() for run in runs]
+    verdict = "confirmed" if all(falling) else "not decided" if any(falling) else "refuted"
+    return f"{error.replace('_', ' ')} falls at each layer in {sum(falling)} of {len(runs)} seeds", verdict
+
+
+def c6() -> tuple[str, str]:
+    """Confirmed if the R² of φ lies above 0.5."""
+    runs = load("HalfCheetahVel")
+    memories, raw = (Interval([float(run.files["probe"][name]) for run in runs]) for name in ("r2_memories", "r2_raw"))
+    return f"R² of a linear model to v\\* on unseen tasks: from φ {memories}, from raw transitions {raw}", memories.above(0.5)
+
+
+def compare(flags: str, other: str, measure: Callable = Run.area) -> Interval:
+    return Interval(each(measure, load(flags)), each(measure, load(other)))
+
+
+def c7_cheetah() -> tuple[str, str]:
+    """Confirmed if the area's interval lies above 0."""
+    arguments = "HalfCheetahVel", "HalfCheetahVel --no-t-fixup"
+    area = compare(*arguments)
+    return f"T-Fixup less Xavier with LayerNorm: area {area}, final {compare(*arguments, Run.final)}", area.above(0)
+
+
+def c7_reach() -> tuple[str, str]:
+    """No effect: confirmed if the area's interval lies within ± 0.1, refuted if it leaves out 0."""
+    area = compare(REACH, REACH + " --no-t-fixup")
+    verdict = "refuted" if area.low > 0 or area.high < 0 else "not decided"
+    verdict = "confirmed" if area.low > -0.1 and area.high < 0.1 else verdict
+    return f"success, T-Fixup less Xavier with LayerNorm: area {area}", verdict
+
+
+def more_is_better(flags: str, other: str, what: str) -> tuple[str, str]:
+    """Confirmed if the interval of the areas' difference lies above 0."""
+    return f"area, {what}: {compare(flags, other)}", compare(flags, other).above(0)
+
+
+def c9_stable() -> tuple[str, str]:
+    """Confirmed if the worst of 12 layers' seeds ends at most 20 below the worst of 4 layers'."""
+    worst, usual = (min(each(Run.final, load(flags))) for flags in (CHEETAH + " --layers 12", CHEETAH))
+    return f"worst seed's final return: L = 12 {worst:.1f}, L = 4 {usual:.1f}", "confirmed" if worst > usual - 20 else "refuted"
+
+
+def c10() -> tuple[str, str]:
+    """Confirmed if the interval of the slope lies above 0."""
+    settings = {1: " --heads 1", 2: " --heads 2", 4: "", 8: " --heads 8", 16: " --heads 16"}
+    areas = [(np.log2(heads), area) for heads, flag in settings.items() for area in each(Run.area, load(CHEETAH + flag))]
+    fit = linregress(*zip(*areas))
+    half = t.ppf(0.975, len(areas) - 2) * fit.stderr
+    verdict = "confirmed" if fit.slope > half else "refuted" if fit.slope < -half else "not decided"
+    return f"area gained by twice the heads: {fit.slope:.1f} ± {half:.1f}", verdict
+
+
+def c11(env: str) -> tuple[str, str]:
+    """On par: confirmed if the interval lies above minus a tenth of what RL² gained by training, refuted if below."""
+    ours, theirs = load(env), load(env, "rl2")
+    margin = 0.1 * (np.mean(each(lambda run: run.episodes()[0], theirs)) - np.mean([run.tests[0] for run in theirs]))
+    difference = Interval(*(each(lambda run: run.episodes()[0], runs) for runs in (ours, theirs)))
+    level = 0.9 * np.mean(each(Run.final, ours)) + 0.1 * np.mean([run.tests[0] for run in ours])
+    reached = [np.median(each(lambda run: first_reached(run.tests, run.steps / 1e6, level), runs)) for runs in (ours, theirs)]
+    text = f"{env}: TrMRL less RL² {difference}; median million steps to 90 % of TrMRL's gain"
+    return f"{text}: {reached[0]:.1f} and {reached[1]:.1f}", difference.above(-margin)
+
+
+def first_reached(tests: np.ndarray, costs: np.ndarray, level: float) -> float:
+    """The cost at the first evaluation that is at least at level, else infinity."""
+    return next((cost for test, cost in zip(tests, costs) if test >= level), np.inf)
+
+
+def solved() -> tuple[str, str]:
+    """Confirmed if the mean success is at least 0.95."""
+    success = Interval(each(lambda run: run.episodes()[0], load("ML1-Reach")))
+    return f"success on held-out goals: {success}", "confirmed" if success.mean >= 0.95 else "refuted"
+
+
+def c12() -> tuple[str, str]:
+    """One seed: never decided."""
+    ours, theirs = load("ML45-Train"), load("ML45-Train", "rl2")
+    counts = [(runs[0].files["meta_test"]["success"][:, 0] > 0).sum() for runs in (ours, theirs)]
+    return f"environments of 45 with success: TrMRL {counts[0]}, RL² {counts[1]}", "not decided"
+
+
+def theorem(name: str) -> tuple[str, str]:
+    """Confirmed if no attention of any layer and seed has a single value of smaller risk."""
+    shares = np.mean([run.files["probe"][name] for run in load("HalfCheetahVel")], axis=0)
+    text = ", ".join(f"{share:.1%}" for share in shares)
+    return f"a single value has the smaller risk, by layer: {text}", "confirmed" if shares.max() == 0 else "refuted"
+
+
+N = " --memory-length "
+CLAIMS = [
+    ("C1", "about 20 steps suffice (Fig. 9)", c1),
+    ("C2", "high from the first episode, little to gain later (Fig. 5)", c2),
+    ("C3", "OOD better than RL² by a good margin (Fig. 6)", c3),
+    ("C4", "the representation error falls layer by layer (Fig. 7)", lambda: falls("representation_error")),
+    ("C5", "so does the regression error (Fig. 7)", lambda: falls("regression_mse")),
+    ("C6", "latents order by target velocity, planes separate them (Fig. 8)", c6),
+    ("C7", "T-Fixup is decisive on HalfCheetahVel (Fig. 10)", c7_cheetah),
+    ("C7", "and without effect on ML1-Reach (Fig. 10)", c7_reach),
+    ("C8", "N from 1 to 5 helps HalfCheetahVel (Fig. 11)", lambda: more_is_better(CHEETAH, CHEETAH + N + "1", "N = 5 less 1")),
+    ("C8", "more slows it (Fig. 11)", lambda: more_is_better(CHEETAH, CHEETAH + N + "50", "N = 5 less 50")),
+    ("C8", "ML1-Reach gains up to N = 50 (Fig. 11)", lambda: more_is_better(REACH + N + "50", REACH + N + "5", "N = 50 less 5")),
+    ("C9", "1 to 4 layers help (Fig. 12)", lambda: more_is_better(CHEETAH, CHEETAH + " --layers 1", "L = 4 less 1")),
+    ("C9", "12 are still stable (Fig. 12)", c9_stable),
+    ("C10", "more heads help slightly (Fig. 13)", c10),
+    *(("C11", f"at least on par with RL² on {env} (Fig. 4)", lambda env=env: c11(env)) for env in ENVS),
+    ("C11", "ML1-Reach is solved (Fig. 4)", solved),
+    ("C12", "learns best on ML45-Train (Fig. 4)", c12),
+    ("T", "Theorem 4.1, values normalised as it asks", lambda: theorem("violations_normalised")),
+    ("T", "Theorem 4.1, values as they are", lambda: theorem("violations")),
+]
+
+
+# --- Tables and figures -----------------------------------------------------------------------------------------------
+def markdown(columns: str, rows: list[list]) -> str:
+    lines = [columns.split(" | "), ["---"] * columns.count(" | ") + ["---"], *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def judged() -> list[list]:
+    rows = []
+    for number, claim, measure in CLAIMS:
+        try:
+            text, verdict = measure()
+        except LookupError:
+            text, verdict = "", "not run"
+        rows.append([number, claim, text, verdict])
+    return rows
+
+
+def results_table() -> str:
+    """A row a run at the defaults, then the mean of its setting."""
+    rows = []
+    for env in ENVS:
+        for script in ("trmrl", "rl2"):
+            runs = load(env, script) if list(KEPT.glob(name_of(script, env, 0)[:-1] + "[0-9]*")) else []
+            measures = {
+                "first": lambda run: run.episodes()[0], "sixth": lambda run: run.episodes()[-1],
+                "ood": lambda run: run.episodes("ood")[0] if "ood" in run.files else np.nan,
+            }  # fmt: skip
+            for run in runs:
+                digits = 2 if run.by_success else 1
+                numbers = [measure(run) for measure in measures.values()]
+                texts = ["" if np.isnan(number) else f"{number:.{digits}f}" for number in numbers]
+                end = [f"{run.steps[-1] / 1e6:.1f}", f"{run.minutes[-1]:.0f}", run.args["versions"]["commit"]]
+                rows.append([env, run.args["method"], run.args["seed"], f"{run.tests[0]:.{digits}f}", *texts, *end])
+            if len(runs) > 1:
+                means = [Interval(each(measure, runs)) for measure in measures.values()]
+                texts = ["" if np.isnan(mean.mean) else f"**{mean}**" for mean in means]
+                rows.append([env, runs[0].args["method"], "mean", "", *texts, "", "", ""])
+    columns = "environment | method | seed | start | episode 1 | episode 6 | OOD, episode 1 | M steps | minutes | commit"
+    return markdown(columns, rows)
+
+
+def ablations_table() -> str:
+    rows = []
+    for folder in sorted({path.name.rsplit("-s", 1)[0] for path in KEPT.glob("trmrl-*-*-*")}):
+        runs = [Run(path) for path in sorted(KEPT.glob(folder + "-s[0-9]*"))]
+        final, area = Interval(each(Run.final, runs)), Interval(each(Run.area, runs))
+        minutes = np.mean([run.minutes[-1] for run in runs])
+        if folder.count("-") > 2 or "total" in folder or "fixup" in folder:
+            rows.append([folder.removeprefix("trmrl-"), len(runs), final, area, f"{minutes:.0f}"])
+    return markdown("setting | seeds | final: mean of three evaluations | area under the curve | minutes", rows)
+
+
+def costs_table() -> str:
+    runs, rows = load("HalfCheetahVel"), []
+    for level in (-60, -45, -30):
+        steps, minutes = ([first_reached(run.tests, costs(run), level) for run in runs] for costs in COSTS)
+        numbers = [np.median(steps), max(steps), np.median(minutes), max(minutes)]
+        rows.append([f"−{-level}", *(f"{number:.2f}" for number in numbers[:2]), *(f"{number:.1f}" for number in numbers[2:])])
+    return markdown("first evaluation at | median, M steps | worst | median, minutes | worst", rows)
+
+
+COSTS = (lambda run: run.steps / 1e6, lambda run: run.minutes)
+
+
+def hours_table() -> str:
+    """Core-hours of all kept runs, a core each."""
+    rows, whole = [], 0.0
+    for title, pattern in (
+        ("Figs. 4 to 9: HalfCheetahVel", r"(trmrl|rl2)-HalfCheetahVel-s"), ("AntDir", r"(trmrl|rl2)-AntDir-s"),
+        ("ML1-Reach", r"(trmrl|rl2)-ML1-Reach-s"), ("ML1-Push", r"(trmrl|rl2)-ML1-Push-s"),
+        ("ML45-Train", r"(trmrl|rl2)-ML45-Train-s"), ("Fig. 10", r".*fixup"), ("Fig. 11", r".*memory-length"),
+        ("Fig. 12", r".*layers"), ("Fig. 13", r".*heads"), ("the runs that Figs. 10 to 13 share", r".*000-s"),
+    ):  # fmt: skip
+        runs = [Run(path) for path in KEPT.iterdir() if re.match(pattern, path.name)]
+        hours = sum(run.minutes[-1] for run in runs) / 60
+        whole += hours
+        rows.append([title, len(runs), f"{hours:.1f}"])
+    return markdown("for | runs | core-hours", [*rows, ["all", "", f"{whole:.1f}"]])
+
+
+def write_tables() -> None:
+    """Replaces what stands between <!-- name --> and <!-- end --> in both READMEs."""
+    claims = judged()
+    tables = {
+        "results": results_table(), "ablations": ablations_table(), "costs": costs_table(), "hours": hours_table(),
+        "claims": markdown("| claim | measured | verdict", claims),
+        "verdicts": markdown("| claim | verdict", [[number, claim, verdict] for number, claim, _, verdict in claims]),
+    }  # fmt: skip
+    for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text = path.read_text()
+        for name, table in tables.items():
+            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.S)
+        trmrl.write(path, lambda file, text=text: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    write_tables()
