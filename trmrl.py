@@ -72,7 +72,7 @@ class Args:
     init_std: float = 0.3  # initial standard deviation of the Gaussian policy, and its largest; it is learned
     input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 5e-4  # of Adam
-    anneal: bool = True  # lower the learning rate linearly to 0, over the last third the policy's deviation too
+    anneal: bool = True  # lower the learning rate linearly to 0, and the policy's largest deviation as its root
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     clip_coef: float = 0.2  # PPO's clipping range of the probability ratio
@@ -702,7 +702,7 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
             agent.to(args.device)
             trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
             row = ppo_update(agent, optimizer, trial, args, rng)
-            agent.log_std.data.clamp_(max=math.log(args.init_std * min(1.0, 3 * left)))  # meta-tests have no noise
+            agent.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # meta-tests have no noise
             agent.sums += sums_of(trial.transitions[:-1][trial.valid])  # now: the update saw what acting saw
             updated = time.monotonic()
             rewards, success = episode_results(trial, args.episodes_per_trial)
