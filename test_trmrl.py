@@ -724,10 +724,10 @@ class TestMistakes:
             trmrl.main(flags)
         assert exit.value.code == 2 and flags[0] in capsys.readouterr().err
 
-    def test_flags_go_before_an_environments_defaults_and_those_before_a_methods(self):
+    def test_flags_go_before_a_methods_own_defaults_and_those_before_an_environments(self):
         assert trmrl.parse([], trmrl.Args, "TrMRL") == (trmrl.Args(), {})
-        reach, _ = trmrl.parse(["--env", "ML1-Reach", "--minibatch-size", "400"], rl2.Args, "RL2")
-        assert (reach.init_std, reach.learning_rate, reach.minibatch_size) == (1.0, rl2.Args.learning_rate, 400)
+        reach, _ = trmrl.parse(["--env", "ML1-Reach"], rl2.Args, "RL2")
+        assert (reach.init_std, reach.memory_length, reach.minibatch_size) == (1.0, 1, rl2.Args.minibatch_size)
         assert trmrl.parse(["--env", "ML1-Reach", "--init-std", "0.7"], rl2.Args, "RL2")[0].init_std == 0.7
 
     def test_a_damaged_run_is_left_as_it_is(self, tmp_path, capsys):

@@ -283,8 +283,7 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
         observations[~alive] = 0.0  # till the episode's end
     torch.set_num_threads(threads)
     transitions[T, :, :S] = observations
-    last_value = agent.act(buffer, T, state)[1].numpy()
-    values[T] = last_value * alive  # the trial's end is a truncation, so that V follows; nothing follows a death
+    values[T] = agent.act(buffer, T, state)[1].numpy() * alive  # V goes on after the trial, but not after a death
     if not np.isfinite(transitions).all():
         raise RunFailed("the simulator returned a NaN or an infinity; resuming would repeat it")
     log_probs = Normal(torch.from_numpy(means), std).log_prob(buffer[:-1, :, S : S + A]).sum(2)
@@ -533,10 +532,8 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
-META_WORLD = dict(init_std=1.0, total_timesteps=2_000_000)
+META_WORLD = dict(memory_length=30, init_std=1.0, minibatch_size=400)
 DEFAULTS: dict[str, dict] = {  # where they differ from those of Args, which were chosen on HalfCheetahVel
-    "AntDir": dict(total_timesteps=2_000_000),
-    "AntDir57": dict(total_timesteps=2_000_000),
     "ML1-Reach": META_WORLD,
     "ML1-Push": META_WORLD,
     "ML45-Train": META_WORLD | dict(num_tasks=25, test_tasks=45, eval_interval=20),  # a test task of each environment
@@ -625,7 +622,10 @@ class RunFailed(Exception):
 def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
     """The command line over its environment's defaults, or over a run's own arguments; and that run's checkpoint."""
     args, checkpoint = tyro.cli(args_class, args=[flag for flag in argv if flag not in ("-h", "--help")]), {}
-    values = {"env": args.env} | DEFAULTS.get(args.env, {})
+    values = {"env": args.env}
+    for name, value in DEFAULTS.get(args.env, {}).items():
+        if getattr(args_class, name) == getattr(Args, name):  # else the method has its own
+            values[name] = value
     if args.resume and args.test:
         raise UserError("--resume, --test: take one of the two")
     if run := args.resume or args.test:
