@@ -65,7 +65,7 @@ def load_run(folder: Path, problems: list[str]) -> Run:
                 files[path.stem] = dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             problems.append(f"{path} is damaged")
-    unfinished = progress["env_steps"].iloc[-1] < args["total_timesteps"] or not (folder / "meta_test.npz").exists()
+    unfinished = progress["env_steps"].iloc[-1] < args["total_timesteps"] or not (folder / "refinement.npz").exists()
     return Run(folder, args, files, args["env"], args["method"].replace("RL2", "RL²"), args["seed"], unfinished)
 
 
@@ -136,14 +136,14 @@ def common_steps(curves: pd.DataFrame) -> pd.DataFrame:
     return wide.interpolate("index").bfill().loc[:end].stack().rename("y").reset_index()
 
 
-def learning_curves(runs: list[Run]) -> pd.DataFrame:
-    """Test success, or else return, over millions of environment steps."""
+def learning_curves(runs: list[Run], x: str = "env_steps", unit: float = 1e6) -> pd.DataFrame:
+    """Test success, or else return, over millions of environment steps, or another column."""
     judged_by_success = {run.env for run in runs if run.files["progress"]["test_success"].notna().any()}
     curves = []
     for run in runs:
         column = "test_success" if run.env in judged_by_success else "test_return"
         tests = run.files["progress"].dropna(subset=column)
-        curves.append(curve(run, column.replace("_", " "), tests[column], tests["env_steps"] / 1e6))
+        curves.append(curve(run, column.replace("_", " "), tests[column], tests[x] / unit))
     return pd.concat(curves).groupby(["panel", "setting", "colour"], sort=False).apply(common_steps).reset_index()
 
 
@@ -197,12 +197,12 @@ def draw_online_adaptation(runs: list[Run]) -> plt.Figure:
     """Fig. 9: rewards in the first episode and, for HalfCheetahVel, velocities in four tasks of the first run."""
     rewards = [run.files["meta_test"]["rewards"][:, 0].mean(axis=0) for run in runs]
     table = pd.concat([curve(run, "reward in episode 1", y) for run, y in zip(runs, rewards)])
-    if runs[0].env != "HalfCheetahVel":
+    shown = [run for run in runs if run.env == "HalfCheetahVel" and "observations" in run.files["meta_test"]]
+    if not shown:
         return draw_curves(table, "time step")
-    figure = draw_curves(table, "time step", (f"{runs[0].title()}: velocity (m/s)",))
-    axes = figure.axes[-1]
-    targets = runs[0].files["meta_test"]["tasks"][:, 0]
-    velocities = runs[0].files["meta_test"]["observations"][:, :, 8]
+    figure = draw_curves(table, "time step", (f"{shown[0].title()}: velocity (m/s)",))
+    axes, test = figure.axes[-1], shown[0].files["meta_test"]
+    targets, velocities = test["tasks"][:, 0], test["observations"][:, :, 8]
     from_slow_to_fast = np.linspace(0, len(targets) - 1, 4).round().astype(int)
     for colour, task in zip(sns.color_palette("viridis", 4), np.argsort(targets)[from_slow_to_fast]):
         axes.plot(velocities[task], color=colour, label=f"target {targets[task]:.2f}")  # step 0 is the start
@@ -313,7 +313,7 @@ def draw_all(runs: list[Run], out: Path) -> None:
             write(out / f"{name}.png", figure.savefig)
             plt.close(figure)
             print(out / f"{name}.png")
-    run = next((run for run in runs if run.env in TASKS and "meta_test" in run.files), None)
+    run = next((run for run in runs if run.env in TASKS and "observations" in run.files.get("meta_test", ())), None)
     if run and (renderer := open_renderer(run.env)):
         write(out / "film.gif", partial(save_film, run, renderer))
         renderer.close()

@@ -4,22 +4,20 @@ A claim's measure and its verdict's rule stand in its function; both were fixed 
 Student's t over seeds (Welch's for a difference). What has no runs yet is "not run".
 """
 
-import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.stats import linregress, t, ttest_1samp, ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "results" / "runs"
 sys.path.insert(0, str(ROOT))
-import trmrl  # noqa: E402 (it is in the folder above)
+import plot  # noqa: E402 (both are in the folder above)
+import trmrl  # noqa: E402
 
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
 CHEETAH, REACH = "HalfCheetahVel --total-timesteps 2000000", "ML1-Reach --total-timesteps 1500000"
@@ -57,7 +55,8 @@ def probe(run: Path) -> dict[str, np.ndarray]:
 
     Both on 60 unseen tasks, their first episodes by mean actions; the models are fitted on the first 40 tasks."""
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    args = trmrl.Args(**{name: checkpoint["args"][name] for name in vars(trmrl.Args()) if name not in ("resume", "test")})
+    flags = set(vars(trmrl.Args())) - {"resume", "test"}
+    args = trmrl.Args(**{name: checkpoint["args"][name] for name in flags})
     envs = trmrl.TaskVectorEnv(lambda: trmrl.ENVS[args.env](seed=args.seed), processes=1)
     agent = trmrl.Agent(envs, args)
     agent.load_state_dict(checkpoint["agent"])
@@ -88,13 +87,12 @@ class Run:
     """One folder of results/runs."""
 
     def __init__(self, folder: Path):
-        self.args = json.loads((folder / "args.json").read_text())
-        self.progress = pd.read_csv(folder / "progress.csv")
-        self.files = {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
-        self.by_success = self.progress["test_success"].notna().any()
-        self.tests = self.progress["test_success" if self.by_success else "test_return"].to_numpy()
-        self.steps = self.progress["env_steps"].to_numpy()
-        self.minutes = self.progress["wall_seconds"].to_numpy() / 60
+        run = plot.load_run(folder, [])
+        self.args, self.files = run.args, run.files
+        table = run.files["progress"].dropna(subset="test_return")
+        self.by_success = table["test_success"].notna().any()
+        self.tests = table["test_success" if self.by_success else "test_return"].to_numpy()
+        self.steps, self.minutes = table["env_steps"].to_numpy() / 1e6, table["wall_seconds"].to_numpy() / 60
 
     def episodes(self, split: str = "meta_test") -> np.ndarray:
         """Success, or else return, of each episode (6,), as a mean over the tasks of the last meta-test."""
@@ -107,6 +105,11 @@ class Run:
     def area(self) -> float:
         """Under the learning curve: the mean test return, or success, over all of training."""
         return np.trapezoid(self.tests, self.steps) / (self.steps[-1] - self.steps[0])
+
+    def first_reached(self, level: float) -> tuple[float, float]:
+        """Million steps and minutes at the first evaluation that is at least at level, else infinite."""
+        reached = np.append((self.tests >= level).nonzero()[0], -1)[0]
+        return (np.inf, np.inf) if reached < 0 else (self.steps[reached], self.minutes[reached])
 
 
 def load(flags: str, script: str = "trmrl") -> list[Run]:
@@ -122,8 +125,10 @@ class Interval:
 
     def __init__(self, values: list, minus: list | None = None):
         self.mean = np.mean(values) - (0 if minus is None else np.mean(minus))
-        test = ttest_1samp(values, 0) if minus is None else ttest_ind(values, minus, equal_var=False)
-        self.low, self.high = test.confidence_interval() if min(len(values), len(minus or values)) > 1 else (np.nan,) * 2
+        self.low = self.high = np.nan
+        if min(len(values), len(minus or values)) > 1:
+            test = ttest_1samp(values, 0) if minus is None else ttest_ind(values, minus, equal_var=False)
+            self.low, self.high = test.confidence_interval()
 
     def __str__(self) -> str:
         digits = 1 if abs(self.mean) >= 10 else 2
@@ -182,7 +187,8 @@ def c6() -> tuple[str, str]:
     """Confirmed if the R² of φ lies above 0.5."""
     runs = load("HalfCheetahVel")
     memories, raw = (Interval([float(run.files["probe"][name]) for run in runs]) for name in ("r2_memories", "r2_raw"))
-    return f"R² of a linear model to v\\* on unseen tasks: from φ {memories}, from raw transitions {raw}", memories.above(0.5)
+    text = f"R² of a linear model to v\\* on unseen tasks: from φ {memories}, from raw transitions {raw}"
+    return text, memories.above(0.5)
 
 
 def compare(flags: str, other: str, measure: Callable = Run.area) -> Interval:
@@ -204,7 +210,7 @@ def c7_reach() -> tuple[str, str]:
     return f"success, T-Fixup less Xavier with LayerNorm: area {area}", verdict
 
 
-def more_is_better(flags: str, other: str, what: str) -> tuple[str, str]:
+def better(flags: str, other: str, what: str) -> tuple[str, str]:
     """Confirmed if the interval of the areas' difference lies above 0."""
     return f"area, {what}: {compare(flags, other)}", compare(flags, other).above(0)
 
@@ -212,14 +218,18 @@ def more_is_better(flags: str, other: str, what: str) -> tuple[str, str]:
 def c9_stable() -> tuple[str, str]:
     """Confirmed if the worst of 12 layers' seeds ends at most 20 below the worst of 4 layers'."""
     worst, usual = (min(each(Run.final, load(flags))) for flags in (CHEETAH + " --layers 12", CHEETAH))
-    return f"worst seed's final return: L = 12 {worst:.1f}, L = 4 {usual:.1f}", "confirmed" if worst > usual - 20 else "refuted"
+    verdict = "confirmed" if worst > usual - 20 else "refuted"
+    return f"worst seed's final return: L = 12 {worst:.1f}, L = 4 {usual:.1f}", verdict
 
 
 def c10() -> tuple[str, str]:
     """Confirmed if the interval of the slope lies above 0."""
-    settings = {1: " --heads 1", 2: " --heads 2", 4: "", 8: " --heads 8", 16: " --heads 16"}
-    areas = [(np.log2(heads), area) for heads, flag in settings.items() for area in each(Run.area, load(CHEETAH + flag))]
-    fit = linregress(*zip(*areas))
+    doublings, areas = [], []
+    for doubling, flag in enumerate((" --heads 1", " --heads 2", "", " --heads 8", " --heads 16")):
+        runs = load(CHEETAH + flag)
+        doublings += [doubling] * len(runs)
+        areas += each(Run.area, runs)
+    fit = linregress(doublings, areas)
     half = t.ppf(0.975, len(areas) - 2) * fit.stderr
     verdict = "confirmed" if fit.slope > half else "refuted" if fit.slope < -half else "not decided"
     return f"area gained by twice the heads: {fit.slope:.1f} ± {half:.1f}", verdict
@@ -228,17 +238,12 @@ def c10() -> tuple[str, str]:
 def c11(env: str) -> tuple[str, str]:
     """On par: confirmed if the interval lies above minus a tenth of what RL² gained by training, refuted if below."""
     ours, theirs = load(env), load(env, "rl2")
-    margin = 0.1 * (np.mean(each(lambda run: run.episodes()[0], theirs)) - np.mean([run.tests[0] for run in theirs]))
-    difference = Interval(*(each(lambda run: run.episodes()[0], runs) for runs in (ours, theirs)))
-    level = 0.9 * np.mean(each(Run.final, ours)) + 0.1 * np.mean([run.tests[0] for run in ours])
-    reached = [np.median(each(lambda run: first_reached(run.tests, run.steps / 1e6, level), runs)) for runs in (ours, theirs)]
-    text = f"{env}: TrMRL less RL² {difference}; median million steps to 90 % of TrMRL's gain"
-    return f"{text}: {reached[0]:.1f} and {reached[1]:.1f}", difference.above(-margin)
-
-
-def first_reached(tests: np.ndarray, costs: np.ndarray, level: float) -> float:
-    """The cost at the first evaluation that is at least at level, else infinity."""
-    return next((cost for test, cost in zip(tests, costs) if test >= level), np.inf)
+    gain = np.mean([run.episodes()[0] - run.tests[0] for run in theirs])
+    difference = Interval(*([run.episodes()[0] for run in runs] for runs in (ours, theirs)))
+    level = np.mean([0.9 * run.final() + 0.1 * run.tests[0] for run in ours])
+    reached = [np.median([run.first_reached(level)[0] for run in runs]) for runs in (ours, theirs)]
+    text = f"TrMRL less RL²: {difference}; median million steps to 90 % of TrMRL's gain"
+    return f"{text}: {reached[0]:.1f} and {reached[1]:.1f}", difference.above(-0.1 * gain)
 
 
 def solved() -> tuple[str, str]:
@@ -261,7 +266,7 @@ def theorem(name: str) -> tuple[str, str]:
     return f"a single value has the smaller risk, by layer: {text}", "confirmed" if shares.max() == 0 else "refuted"
 
 
-N = " --memory-length "
+N_1, N_5, N_50 = (f" --memory-length {N}" for N in (1, 5, 50))
 CLAIMS = [
     ("C1", "about 20 steps suffice (Fig. 9)", c1),
     ("C2", "high from the first episode, little to gain later (Fig. 5)", c2),
@@ -271,10 +276,10 @@ CLAIMS = [
     ("C6", "latents order by target velocity, planes separate them (Fig. 8)", c6),
     ("C7", "T-Fixup is decisive on HalfCheetahVel (Fig. 10)", c7_cheetah),
     ("C7", "and without effect on ML1-Reach (Fig. 10)", c7_reach),
-    ("C8", "N from 1 to 5 helps HalfCheetahVel (Fig. 11)", lambda: more_is_better(CHEETAH, CHEETAH + N + "1", "N = 5 less 1")),
-    ("C8", "more slows it (Fig. 11)", lambda: more_is_better(CHEETAH, CHEETAH + N + "50", "N = 5 less 50")),
-    ("C8", "ML1-Reach gains up to N = 50 (Fig. 11)", lambda: more_is_better(REACH + N + "50", REACH + N + "5", "N = 50 less 5")),
-    ("C9", "1 to 4 layers help (Fig. 12)", lambda: more_is_better(CHEETAH, CHEETAH + " --layers 1", "L = 4 less 1")),
+    ("C8", "N from 1 to 5 helps HalfCheetahVel (Fig. 11)", lambda: better(CHEETAH, CHEETAH + N_1, "N = 5 less 1")),
+    ("C8", "more slows it (Fig. 11)", lambda: better(CHEETAH, CHEETAH + N_50, "N = 5 less 50")),
+    ("C8", "ML1-Reach gains up to N = 50 (Fig. 11)", lambda: better(REACH + N_50, REACH + N_5, "N = 50 less 5")),
+    ("C9", "1 to 4 layers help (Fig. 12)", lambda: better(CHEETAH, CHEETAH + " --layers 1", "L = 4 less 1")),
     ("C9", "12 are still stable (Fig. 12)", c9_stable),
     ("C10", "more heads help slightly (Fig. 13)", c10),
     *(("C11", f"at least on par with RL² on {env} (Fig. 4)", lambda env=env: c11(env)) for env in ENVS),
@@ -316,13 +321,13 @@ def results_table() -> str:
                 digits = 2 if run.by_success else 1
                 numbers = [measure(run) for measure in measures.values()]
                 texts = ["" if np.isnan(number) else f"{number:.{digits}f}" for number in numbers]
-                end = [f"{run.steps[-1] / 1e6:.1f}", f"{run.minutes[-1]:.0f}", run.args["versions"]["commit"]]
+                end = [f"{run.steps[-1]:.1f}", f"{run.minutes[-1]:.0f}", run.args["versions"]["commit"]]
                 rows.append([env, run.args["method"], run.args["seed"], f"{run.tests[0]:.{digits}f}", *texts, *end])
             if len(runs) > 1:
                 means = [Interval(each(measure, runs)) for measure in measures.values()]
                 texts = ["" if np.isnan(mean.mean) else f"**{mean}**" for mean in means]
                 rows.append([env, runs[0].args["method"], "mean", "", *texts, "", "", ""])
-    columns = "environment | method | seed | start | episode 1 | episode 6 | OOD, episode 1 | M steps | minutes | commit"
+    columns = "environment | method | seed | start | episode 1 | episode 6 | OOD | M steps | minutes | commit"
     return markdown(columns, rows)
 
 
@@ -338,15 +343,12 @@ def ablations_table() -> str:
 
 
 def costs_table() -> str:
-    runs, rows = load("HalfCheetahVel"), []
+    rows = []
     for level in (-60, -45, -30):
-        steps, minutes = ([first_reached(run.tests, costs(run), level) for run in runs] for costs in COSTS)
-        numbers = [np.median(steps), max(steps), np.median(minutes), max(minutes)]
-        rows.append([f"−{-level}", *(f"{number:.2f}" for number in numbers[:2]), *(f"{number:.1f}" for number in numbers[2:])])
+        steps, minutes = zip(*(run.first_reached(level) for run in load("HalfCheetahVel")))
+        numbers = np.median(steps), max(steps), np.median(minutes), max(minutes)
+        rows.append([f"−{-level}", *(f"{number:.2g}" for number in numbers)])
     return markdown("first evaluation at | median, M steps | worst | median, minutes | worst", rows)
-
-
-COSTS = (lambda run: run.steps / 1e6, lambda run: run.minutes)
 
 
 def hours_table() -> str:
@@ -365,6 +367,28 @@ def hours_table() -> str:
     return markdown("for | runs | core-hours", [*rows, ["all", "", f"{whole:.1f}"]])
 
 
+def draw() -> None:
+    """Every figure from the kept runs, into results/figures."""
+    names, short = "|".join(ENVS), "|".join(name_of("", flags, 0)[1:-3] for flags in (CHEETAH, REACH))
+    figures = {  # flag: the runs that its figure is drawn from
+        "all": rf"(trmrl|rl2)-({names})-s\d+",
+        "t_fixup": rf"trmrl-(HalfCheetahVel|{short})(-no-t-fixup)?-s\d+",
+        "memory_length": rf"trmrl-({short})(-memory-length-\d+)?-s\d+",
+        "layers": rf"trmrl-({short})(-layers-\d+)?-s\d+",
+        "heads": rf"trmrl-({short})(-heads-\d+)?-s\d+",
+    }
+    out = KEPT.parent / "figures"
+    for flag, pattern in figures.items():
+        folders = [path for path in sorted(KEPT.iterdir()) if re.fullmatch(pattern, path.name)]
+        runs = plot.load_runs(folders, [])
+        if flag == "all":
+            plot.draw_all(runs, out)
+        elif members := plot.ablations(runs).get(flag):
+            for column, unit, label in (("env_steps", 1e6, "million steps"), ("wall_seconds", 60, "minutes")):
+                figure = plot.draw_curves(plot.learning_curves(members, column, unit), label)
+                plot.write(out / f"ablation_{flag}_over_{column}.png", figure.savefig)
+
+
 def write_tables() -> None:
     """Replaces what stands between <!-- name --> and <!-- end --> in both READMEs."""
     claims = judged()
@@ -376,9 +400,11 @@ def write_tables() -> None:
     for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
         text = path.read_text()
         for name, table in tables.items():
-            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.S)
-        trmrl.write(path, lambda file, text=text: file.write(text.encode()))
+            between = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)"
+            text = re.sub(between, table.replace("\\", r"\\"), text, flags=re.S)
+        path.write_text(text)
 
 
 if __name__ == "__main__":
+    draw()
     write_tables()

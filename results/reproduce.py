@@ -7,6 +7,7 @@ fresh clone redraws them without training; a run whose folder is taken from ther
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -45,7 +46,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
 
 
 def make(script: str, flags: str, seed: int) -> None:
-    """Trains, or goes on, and keeps the run; at the defaults it is meta-tested on 100 tasks, MetaWorld's on all it has."""
+    """Trains, or goes on, and keeps the run; at the defaults it is tested on 100 tasks, or all that MetaWorld has."""
     name = claims.name_of(script, flags, seed)
     home = ROOT / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
@@ -65,29 +66,32 @@ def make(script: str, flags: str, seed: int) -> None:
     run = next(home.glob("*/checkpoint.pt")).parent
     if "--" not in flags and flags != "ML45-Train":
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
-    keep(run, KEPT / name, whole=seed == 13 and "--" not in flags)
+    keep(run, KEPT / name)
 
 
-def keep(run: Path, kept: Path, whole: bool) -> None:
-    """Copies what figures and tables read: evaluations, two decimals; latents and observations only of a whole run."""
+def keep(run: Path, kept: Path) -> None:
+    """Copies what figures and tables read: the evaluations; meta-tests of runs at the defaults, with two decimals; all else
+    of their first seed. refinement.npz comes last, and stands for a run that is kept."""
+    default, first = not re.search("total|fixup", kept.name), kept.name.endswith("s13")
     kept.mkdir(parents=True, exist_ok=True)
     progress = pd.read_csv(run / "progress.csv")
     progress[progress["test_return"].notna()].to_csv(kept / "progress.csv", index=False)
     args = json.loads((run / "args.json").read_text())
     args["versions"]["commit"] = (run.parent / "commit.txt").read_text().strip()
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-    if (args["env"], args["method"]) == ("HalfCheetahVel", "TrMRL") and args["total_timesteps"] == 4_000_000:
+    if kept.name.startswith("trmrl-HalfCheetahVel-s"):
         np.savez_compressed(kept / "probe.npz", **claims.probe(run))
-    for file in run.glob("*.npz"):
-        with np.load(file) as arrays:
-            arrays = {key: array.round(2) for key, array in arrays.items() if whole or key != "observations"}
-        if whole or file.stem not in ("working_memories", "ood"):
-            np.savez_compressed(kept / file.name, **arrays)
+    for file in ["meta_test", "ood"] * default + ["working_memories", "attention"] * first + ["refinement"]:
+        if (run / f"{file}.npz").exists():
+            arrays = dict(np.load(run / f"{file}.npz"))
+            wanted = arrays.keys() - (set() if first else {"observations"})
+            rounded = {name: arrays[name].round(2 if name in ("rewards", "observations") else 9) for name in wanted}
+            np.savez_compressed(kept / f"{file}.npz", **rounded)
 
 
 def make_all() -> None:
     jobs = [(script, flags, seed, hours) for script, flags, seeds, hours in RUNS for seed in seeds]
-    jobs = [job for job in jobs if not (KEPT / claims.name_of(*job[:3]) / "meta_test.npz").exists()]
+    jobs = [job for job in jobs if not (KEPT / claims.name_of(*job[:3]) / "refinement.npz").exists()]
     bar = tqdm(total=sum(hours for *_, hours in jobs), unit="core-h", unit_scale=True)
     with ThreadPoolExecutor(2) as pool, bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
