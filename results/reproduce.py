@@ -1,13 +1,13 @@
 """Makes every run behind README.md and results/README.md, then their figures and tables: python results/reproduce.py
 
 Two runs at a time, one thread each, in the order of their importance. What is finished is skipped, what is not is
-resumed: stop it and start it again as you like. results/runs keeps of each run what figures and tables need, so that a
-fresh clone redraws them without training; a run whose folder is taken from there is made anew.
+resumed. results/runs keeps of each run what figures and tables need: python results/claims.py redraws them from there.
 """
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,29 +18,23 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-ROOT, KEPT = claims.ROOT, claims.KEPT
+ROOT, KEPT, CHEETAH, REACH = claims.ROOT, claims.KEPT, claims.CHEETAH, claims.REACH
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), (13, 14, 15, 16, 17)  # seeds that have chosen no default
-CHEETAH, REACH = "HalfCheetahVel --total-timesteps 2000000", "ML1-Reach --total-timesteps 1500000"
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     ("trmrl.py", "HalfCheetahVel", FIVE, 0.4),  # Figs. 4 to 9
     (RL2, "HalfCheetahVel", FIVE, 0.8),
-    ("trmrl.py", "AntDir", THREE, 0.8),
-    ("trmrl.py", "ML1-Reach", THREE, 2.2),
-    ("trmrl.py", "ML1-Push", THREE, 2.0),
+    *(("trmrl.py", env, THREE, hours) for env, hours in (("AntDir", 0.8), ("ML1-Reach", 2.2), ("ML1-Push", 2.0))),
     ("trmrl.py", "ML45-Train", (13,), 4.0),
-    (RL2, "AntDir", THREE, 0.8),
-    (RL2, "ML1-Reach", THREE, 2.0),
+    *((RL2, env, THREE, hours) for env, hours in (("AntDir", 0.8), ("ML1-Reach", 2.0))),
     ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
-    ("trmrl.py", REACH, THREE, 0.8),
-    ("trmrl.py", REACH + " --no-t-fixup", THREE, 0.8),
+    *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
     *(("trmrl.py", f"{REACH} --memory-length {N}", THREE, 0.5 + 0.01 * N) for N in (1, 5, 50)),
     *(("trmrl.py", f"{CHEETAH} --layers {L}", THREE, 0.1 + 0.03 * L) for L in (1, 2, 8, 12)),
     *(("trmrl.py", f"{CHEETAH} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
-    (RL2, "ML1-Push", (13,), 2.0),
-    (RL2, "ML45-Train", (13,), 4.0),
+    *((RL2, env, (13,), hours) for env, hours in (("ML1-Push", 2.0), ("ML45-Train", 4.0))),
     *(("trmrl.py", f"{REACH} --layers {L}", THREE, 0.5 + 0.1 * L) for L in (1, 8)),
 ]
 
@@ -56,13 +50,12 @@ def make(script: str, flags: str, seed: int) -> None:
             command = [sys.executable, script, *map(str, arguments)]
             subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, check=True)
 
-    found = list(home.glob("*/checkpoint.pt"))
-    if found:
-        call("--resume", found[0].parent)
+    if checkpoint := next(home.glob("*/checkpoint.pt"), None):
+        call("--resume", checkpoint.parent)
     else:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, check=True)
         (home / "commit.txt").write_bytes(commit.stdout)
-        call("--env", *flags.split(), "--seed", seed, "--runs-dir", home)
+        call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
     if "--" not in flags and flags != "ML45-Train":
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
@@ -70,8 +63,8 @@ def make(script: str, flags: str, seed: int) -> None:
 
 
 def keep(run: Path, kept: Path) -> None:
-    """Copies what figures and tables read: the evaluations; meta-tests of runs at the defaults, with two decimals; all else
-    of their first seed. refinement.npz comes last, and stands for a run that is kept."""
+    """Copies what figures and tables read; of a run at the defaults the meta-tests too, of its first seed all files.
+    refinement.npz comes last: with it a run is kept."""
     default, first = not re.search("total|fixup", kept.name), kept.name.endswith("s13")
     kept.mkdir(parents=True, exist_ok=True)
     progress = pd.read_csv(run / "progress.csv")
@@ -81,19 +74,22 @@ def keep(run: Path, kept: Path) -> None:
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     if kept.name.startswith("trmrl-HalfCheetahVel-s"):
         np.savez_compressed(kept / "probe.npz", **claims.probe(run))
+    if kept.name == "trmrl-HalfCheetahVel-s13":
+        shutil.copy(run / "checkpoint.pt", kept)
     for file in ["meta_test", "ood"] * default + ["working_memories", "attention"] * first + ["refinement"]:
         if (run / f"{file}.npz").exists():
             arrays = dict(np.load(run / f"{file}.npz"))
-            wanted = arrays.keys() - (set() if first else {"observations"})
-            rounded = {name: arrays[name].round(2 if name in ("rewards", "observations") else 9) for name in wanted}
-            np.savez_compressed(kept / f"{file}.npz", **rounded)
+            for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
+                arrays[name] = arrays[name].round(2)
+            if not first:
+                arrays.pop("observations", None)
+            np.savez_compressed(kept / f"{file}.npz", **arrays)
 
 
 def make_all() -> None:
     jobs = [(script, flags, seed, hours) for script, flags, seeds, hours in RUNS for seed in seeds]
     jobs = [job for job in jobs if not (KEPT / claims.name_of(*job[:3]) / "refinement.npz").exists()]
-    bar = tqdm(total=sum(hours for *_, hours in jobs), unit="core-h", unit_scale=True)
-    with ThreadPoolExecutor(2) as pool, bar:
+    with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
         for made in as_completed(hours):
             made.result()
