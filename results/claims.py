@@ -307,8 +307,8 @@ def judged() -> list[list]:
     return rows
 
 
-def results_table() -> str:
-    """A row a run at the defaults, then the mean of its setting."""
+def results_table(every_run: bool) -> str:
+    """A row a run at the defaults, if wanted, and the mean of its setting."""
     rows = []
     for env in ENVS:
         for script in ("trmrl", "rl2"):
@@ -317,7 +317,7 @@ def results_table() -> str:
                 "first": lambda run: run.episodes()[0], "sixth": lambda run: run.episodes()[-1],
                 "ood": lambda run: run.episodes("ood")[0] if "ood" in run.files else np.nan,
             }  # fmt: skip
-            for run in runs:
+            for run in runs if every_run else []:
                 digits = 2 if run.by_success else 1
                 numbers = [measure(run) for measure in measures.values()]
                 texts = ["" if np.isnan(number) else f"{number:.{digits}f}" for number in numbers]
@@ -325,8 +325,17 @@ def results_table() -> str:
                 rows.append([env, run.args["method"], run.args["seed"], f"{run.tests[0]:.{digits}f}", *texts, *end])
             if len(runs) > 1:
                 means = [Interval(each(measure, runs)) for measure in measures.values()]
-                texts = ["" if np.isnan(mean.mean) else f"**{mean}**" for mean in means]
-                rows.append([env, runs[0].args["method"], "mean", "", *texts, "", "", ""])
+                texts = ["" if np.isnan(mean.mean) else str(mean) for mean in means]
+                seeds, commits = (
+                    sorted(run.args["seed"] for run in runs),
+                    {run.args["versions"]["commit"] for run in runs},
+                )
+                end = [
+                    f"{runs[0].steps[-1]:.1f}",
+                    f"{np.mean([run.minutes[-1] for run in runs]):.0f}",
+                    ", ".join(commits),
+                ]
+                rows.append([env, runs[0].args["method"], f"{seeds[0]} to {seeds[-1]}", "", *texts, *end])
     columns = "environment | method | seed | start | episode 1 | episode 6 | OOD | M steps | minutes | commit"
     return markdown(columns, rows)
 
@@ -353,18 +362,16 @@ def costs_table() -> str:
 
 def hours_table() -> str:
     """Core-hours of all kept runs, a core each."""
-    rows, whole = [], 0.0
+    rows = []
     for title, pattern in (
-        ("Figs. 4 to 9: HalfCheetahVel", r"(trmrl|rl2)-HalfCheetahVel-s"), ("AntDir", r"(trmrl|rl2)-AntDir-s"),
-        ("ML1-Reach", r"(trmrl|rl2)-ML1-Reach-s"), ("ML1-Push", r"(trmrl|rl2)-ML1-Push-s"),
-        ("ML45-Train", r"(trmrl|rl2)-ML45-Train-s"), ("Fig. 10", r".*fixup"), ("Fig. 11", r".*memory-length"),
-        ("Fig. 12", r".*layers"), ("Fig. 13", r".*heads"), ("the runs that Figs. 10 to 13 share", r".*000-s"),
+        ("Figs. 4 to 9, HalfCheetahVel", "[a-z0-9]+-HalfCheetahVel-s"), ("AntDir", ".*AntDir-s"),
+        ("ML1-Reach", ".*ML1-Reach-s"), ("ML1-Push", ".*ML1-Push"), ("ML45-Train", ".*ML45"),
+        ("Fig. 10", ".*fixup"), ("Fig. 11", ".*memory"), ("Fig. 12", ".*layers"), ("Fig. 13", ".*heads"),
+        ("what Figs. 10 to 13 share", ".*00-s"), ("all", ""),
     ):  # fmt: skip
         runs = [Run(path) for path in KEPT.iterdir() if re.match(pattern, path.name)]
-        hours = sum(run.minutes[-1] for run in runs) / 60
-        whole += hours
-        rows.append([title, len(runs), f"{hours:.1f}"])
-    return markdown("for | runs | core-hours", [*rows, ["all", "", f"{whole:.1f}"]])
+        rows.append([title, len(runs), f"{sum(run.minutes[-1] for run in runs) / 60:.1f}"])
+    return markdown("for | runs | core-hours", rows)
 
 
 def draw() -> None:
@@ -393,15 +400,19 @@ def write_tables() -> None:
     """Replaces what stands between <!-- name --> and <!-- end --> in both READMEs."""
     claims = judged()
     tables = {
-        "results": results_table(), "ablations": ablations_table(), "costs": costs_table(), "hours": hours_table(),
-        "claims": markdown("| claim | measured | verdict", claims),
-        "verdicts": markdown("| claim | verdict", [[number, claim, verdict] for number, claim, _, verdict in claims]),
+        "results": results_table(every_run=True), "means": results_table(every_run=False),
+        "ablations": ablations_table(), "costs": costs_table(), "hours": hours_table(),
+        "claims": markdown(" | claim | measured | verdict", claims),
+        "verdicts": "".join(
+            f"- {verdict.capitalize()}: {'; '.join(f'{row[0]}, {row[1]}' for row in claims if row[3] == verdict)}.\n"
+            for verdict in sorted({row[3] for row in claims} - {"not run"})
+        ),
     }  # fmt: skip
     for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
         text = path.read_text()
         for name, table in tables.items():
             between = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)"
-            text = re.sub(between, table.replace("\\", r"\\"), text, flags=re.S)
+            text = re.sub(between, table.replace("\\", r"\\"), text, count=1, flags=re.S)
         path.write_text(text)
 
 

@@ -75,7 +75,7 @@ def keep(run: Path, kept: Path) -> None:
     if kept.name.startswith("trmrl-HalfCheetahVel-s"):
         np.savez_compressed(kept / "probe.npz", **claims.probe(run))
     if kept.name == "trmrl-HalfCheetahVel-s13":
-        shutil.copy(run / "checkpoint.pt", kept)
+        shutil.copy(run / "checkpoint.pt", KEPT.parent / "checkpoint")
     for file in ["meta_test", "ood"] * default + ["working_memories", "attention"] * first + ["refinement"]:
         if (run / f"{file}.npz").exists():
             arrays = dict(np.load(run / f"{file}.npz"))
