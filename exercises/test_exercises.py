@@ -72,7 +72,7 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "η never set": (7, "= (terminated | truncated) & (t < T - 1)", "= 0"),
     "η at the trial's end": (7, "= (terminated | truncated) & (t < T - 1)", "= terminated | truncated"),
     "no exploration": (7, "explore * std.numpy()", "0 * std.numpy()"),
-    "a death bootstraps": (7, "last_value * alive", "last_value"),
+    "a death bootstraps": (7, "[1].numpy() * alive", "[1].numpy()"),
     "steps after a death count": (7, "valid[t], success[t] = alive", "valid[t], success[t] = True"),
     "exploration in the meta-test": (8, '"meta-test"), explore=False', '"meta-test"), explore=True'),
     "tasks from training's stream": (8, '(args.seed, f"{split} tasks")', '(args.seed, "train tasks", 1)'),
