@@ -34,7 +34,7 @@ def r_squared(features: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> 
     features = np.column_stack([features, np.ones(len(features))])
     weights = np.linalg.lstsq(features[fitted], targets[fitted])[0]
     errors = targets[~fitted] - features[~fitted] @ weights
-    return 1 - errors.var() / targets[~fitted].var()
+    return 1 - np.square(errors).mean() / targets[~fitted].var()
 
 
 def risks(alpha: torch.Tensor, values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Makes every run behind README.md and results/README.md, then their figures and tables: python results/reproduce.py
 
 Two runs at a time, one thread each, in the order of their importance. What is finished is skipped, what is not is
-resumed. results/runs keeps of each run what figures and tables need: python results/claims.py redraws them from there.
+resumed. results/runs keeps of each run what figures and tables need: python results/py redraws them from there.
 """
 
 import json
@@ -13,12 +13,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import claims
 import numpy as np
 import pandas as pd
+from claims import CHEETAH, KEPT, REACH, ROOT, draw, name_of, probe, write_tables
 from tqdm import tqdm
 
-ROOT, KEPT, CHEETAH, REACH = claims.ROOT, claims.KEPT, claims.CHEETAH, claims.REACH
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), (13, 14, 15, 16, 17)  # seeds that have chosen no default
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
@@ -41,7 +40,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
 
 def make(script: str, flags: str, seed: int) -> None:
     """Trains, or goes on, and keeps the run; at the defaults it is tested on 100 tasks, or all that MetaWorld has."""
-    name = claims.name_of(script, flags, seed)
+    name = name_of(script, flags, seed)
     home = ROOT / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
 
@@ -67,13 +66,12 @@ def keep(run: Path, kept: Path) -> None:
     refinement.npz comes last: with it a run is kept."""
     default, first = not re.search("total|fixup", kept.name), kept.name.endswith("s13")
     kept.mkdir(parents=True, exist_ok=True)
-    progress = pd.read_csv(run / "progress.csv")
-    progress[progress["test_return"].notna()].to_csv(kept / "progress.csv", index=False)
+    pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
     args = json.loads((run / "args.json").read_text())
     args["versions"]["commit"] = (run.parent / "commit.txt").read_text().strip()
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     if kept.name.startswith("trmrl-HalfCheetahVel-s"):
-        np.savez_compressed(kept / "probe.npz", **claims.probe(run))
+        np.savez_compressed(kept / "probe.npz", **probe(run))
     if kept.name == "trmrl-HalfCheetahVel-s13":
         shutil.copy(run / "checkpoint.pt", KEPT.parent / "checkpoint")
     for file in ["meta_test", "ood"] * default + ["working_memories", "attention"] * first + ["refinement"]:
@@ -88,7 +86,7 @@ def keep(run: Path, kept: Path) -> None:
 
 def make_all() -> None:
     jobs = [(script, flags, seed, hours) for script, flags, seeds, hours in RUNS for seed in seeds]
-    jobs = [job for job in jobs if not (KEPT / claims.name_of(*job[:3]) / "refinement.npz").exists()]
+    jobs = [job for job in jobs if not (KEPT / name_of(*job[:3]) / "refinement.npz").exists()]
     with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
         for made in as_completed(hours):
@@ -98,5 +96,5 @@ def make_all() -> None:
 
 if __name__ == "__main__":
     make_all()
-    claims.draw()
-    claims.write_tables()
+    draw()
+    write_tables()
