@@ -532,10 +532,10 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
-META_WORLD = dict(memory_length=30, init_std=1.0, minibatch_size=400)
+META_WORLD = dict(memory_length=30, init_std=1.0, learning_rate=1e-3, minibatch_size=400)
 DEFAULTS: dict[str, dict] = {  # where they differ from those of Args, which were chosen on HalfCheetahVel
-    "ML1-Reach": META_WORLD,
-    "ML1-Push": META_WORLD,
+    **dict.fromkeys(("AntDir", "AntDir57"), dict(num_tasks=10, update_epochs=6)),
+    **dict.fromkeys(("ML1-Reach", "ML1-Push"), META_WORLD),
     "ML45-Train": META_WORLD | dict(num_tasks=25, test_tasks=45, eval_interval=20),  # a test task of each environment
 }
 

@@ -326,15 +326,10 @@ def results_table(every_run: bool) -> str:
             if len(runs) > 1:
                 means = [Interval(each(measure, runs)) for measure in measures.values()]
                 texts = ["" if np.isnan(mean.mean) else str(mean) for mean in means]
-                seeds, commits = (
-                    sorted(run.args["seed"] for run in runs),
-                    {run.args["versions"]["commit"] for run in runs},
-                )
-                end = [
-                    f"{runs[0].steps[-1]:.1f}",
-                    f"{np.mean([run.minutes[-1] for run in runs]):.0f}",
-                    ", ".join(commits),
-                ]
+                seeds = sorted(run.args["seed"] for run in runs)
+                commits = ", ".join(sorted({run.args["versions"]["commit"] for run in runs}))
+                minutes = np.mean([run.minutes[-1] for run in runs])
+                end = [f"{runs[0].steps[-1]:.1f}", f"{minutes:.0f}", commits]
                 rows.append([env, runs[0].args["method"], f"{seeds[0]} to {seeds[-1]}", "", *texts, *end])
     columns = "environment | method | seed | start | episode 1 | episode 6 | OOD | M steps | minutes | commit"
     return markdown(columns, rows)

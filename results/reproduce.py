@@ -1,7 +1,7 @@
 """Makes every run behind README.md and results/README.md, then their figures and tables: python results/reproduce.py
 
 Two runs at a time, one thread each, in the order of their importance. What is finished is skipped, what is not is
-resumed. results/runs keeps of each run what figures and tables need: python results/py redraws them from there.
+resumed. results/runs keeps of each run what figures and tables need: python results/claims.py redraws them from there.
 """
 
 import json
