@@ -335,6 +335,26 @@ def results_table(every_run: bool) -> str:
     return markdown(columns, rows)
 
 
+def ways_table() -> str:
+    """AntDir's first episodes by direction: mean return, how many of them ended in a death, mean reward of steps 100 to
+    200 of those that did not."""
+    rows = []
+    for run in load("AntDir"):
+        forward = np.cos(run.files["meta_test"]["tasks"][:, 0]) > 0
+        row = [run.args["seed"]]
+        for way in (forward, ~forward):
+            rewards = run.files["meta_test"]["rewards"][way, 0]
+            died = rewards[:, -1] == 0
+            row += [
+                f"{rewards.sum(1).mean():.0f}",
+                f"{died.sum()} of {len(died)}",
+                f"{rewards[~died, 100:].mean():.1f}",
+            ]
+        rows.append(row)
+    sides = (f"{way}: {what}" for way in ("forward", "backward") for what in ("return", "died", "late reward"))
+    return markdown("seed | " + " | ".join(sides), rows)
+
+
 def ablations_table() -> str:
     rows = []
     for folder in sorted({path.name.rsplit("-s", 1)[0] for path in KEPT.glob("trmrl-*-*-*")}):
@@ -396,7 +416,7 @@ def write_tables() -> None:
     claims = judged()
     tables = {
         "results": results_table(every_run=True), "means": results_table(every_run=False),
-        "ablations": ablations_table(), "costs": costs_table(), "hours": hours_table(),
+        "ways": ways_table(), "ablations": ablations_table(), "costs": costs_table(), "hours": hours_table(),
         "claims": markdown(" | claim | measured | verdict", claims),
         "verdicts": "".join(
             f"- {verdict.capitalize()}: {'; '.join(f'{row[0]}, {row[1]}' for row in claims if row[3] == verdict)}.\n"
