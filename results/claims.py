@@ -4,6 +4,7 @@ A claim's measure and its verdict's rule stand in its function; both were fixed 
 Student's t over seeds (Welch's for a difference). What has no runs yet is "not run".
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -112,12 +113,17 @@ class Run:
         return (np.inf, np.inf) if reached < 0 else (self.steps[reached], self.minutes[reached])
 
 
+def find(flags: str, script: str = "trmrl") -> list[Run]:
+    """All seeds' runs, so far as there are any."""
+    return [Run(folder) for folder in sorted(KEPT.glob(name_of(script, flags, 0)[:-1] + "[0-9]*"))]
+
+
 def load(flags: str, script: str = "trmrl") -> list[Run]:
-    """Of all seeds. Raises LookupError if there is no such run."""
-    folders = sorted(KEPT.glob(name_of(script, flags, 0)[:-1] + "[0-9]*"))
-    if not folders:
+    """All seeds' runs. Raises LookupError if there is none."""
+    runs = find(flags, script)
+    if not runs:
         raise LookupError
-    return [Run(folder) for folder in folders]
+    return runs
 
 
 class Interval:
@@ -131,7 +137,7 @@ class Interval:
             self.low, self.high = test.confidence_interval()
 
     def __str__(self) -> str:
-        digits = 1 if abs(self.mean) >= 10 else 2
+        digits = 2 - (abs(self.mean) >= 10) - (abs(self.mean) >= 100)
         text = f"{self.mean:.{digits}f}"
         return text if np.isnan(self.low) else f"{text} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
@@ -307,32 +313,52 @@ def judged() -> list[list]:
     return rows
 
 
-def results_table(every_run: bool) -> str:
-    """A row a run at the defaults, if wanted, and the mean of its setting."""
+MEASURES: dict[str, Callable[[Run], float]] = {
+    "episode 1": lambda run: run.episodes()[0],
+    "episode 6": lambda run: run.episodes()[-1],
+    "OOD": lambda run: run.episodes("ood")[0] if "ood" in run.files else np.nan,
+}
+
+
+def in_words(number: float | Interval, digits: int = 1) -> str:
+    """Empty if it was not measured."""
+    if isinstance(number, Interval):
+        return "" if np.isnan(number.mean) else str(number)
+    return "" if np.isnan(number) else f"{number:.{digits}f}"
+
+
+def results_table() -> str:
+    """A row a run at the defaults, then the mean of its setting."""
+    rows = []
+    for env, script in itertools.product(ENVS, ("trmrl", "rl2")):
+        runs = find(env, script)
+        for run in runs:
+            digits = 2 if run.by_success else 1
+            texts = [in_words(measure(run), digits) for measure in MEASURES.values()]
+            end = [f"{run.steps[-1]:.1f}", f"{run.minutes[-1]:.0f}", run.args["versions"]["commit"]]
+            rows.append([env, run.args["method"], run.args["seed"], f"{run.tests[0]:.{digits}f}", *texts, *end])
+        if len(runs) > 1:
+            texts = [in_words(Interval(each(measure, runs))) for measure in MEASURES.values()]
+            minutes = np.mean([run.minutes[-1] for run in runs])
+            rows.append(
+                [env, runs[0].args["method"], "mean", "", *texts, f"{runs[0].steps[-1]:.1f}", f"{minutes:.0f}", ""]
+            )
+    return markdown(f"environment | method | seed | start | {' | '.join(MEASURES)} | M steps | minutes | commit", rows)
+
+
+def means_table() -> str:
+    """A row an environment: first episodes of TrMRL and of RL²."""
     rows = []
     for env in ENVS:
+        cells = []
         for script in ("trmrl", "rl2"):
-            runs = load(env, script) if list(KEPT.glob(name_of(script, env, 0)[:-1] + "[0-9]*")) else []
-            measures = {
-                "first": lambda run: run.episodes()[0], "sixth": lambda run: run.episodes()[-1],
-                "ood": lambda run: run.episodes("ood")[0] if "ood" in run.files else np.nan,
-            }  # fmt: skip
-            for run in runs if every_run else []:
-                digits = 2 if run.by_success else 1
-                numbers = [measure(run) for measure in measures.values()]
-                texts = ["" if np.isnan(number) else f"{number:.{digits}f}" for number in numbers]
-                end = [f"{run.steps[-1]:.1f}", f"{run.minutes[-1]:.0f}", run.args["versions"]["commit"]]
-                rows.append([env, run.args["method"], run.args["seed"], f"{run.tests[0]:.{digits}f}", *texts, *end])
-            if len(runs) > 1:
-                means = [Interval(each(measure, runs)) for measure in measures.values()]
-                texts = ["" if np.isnan(mean.mean) else str(mean) for mean in means]
-                seeds = sorted(run.args["seed"] for run in runs)
-                commits = ", ".join(sorted({run.args["versions"]["commit"] for run in runs}))
-                minutes = np.mean([run.minutes[-1] for run in runs])
-                end = [f"{runs[0].steps[-1]:.1f}", f"{minutes:.0f}", commits]
-                rows.append([env, runs[0].args["method"], f"{seeds[0]} to {seeds[-1]}", "", *texts, *end])
-    columns = "environment | method | seed | start | episode 1 | episode 6 | OOD | M steps | minutes | commit"
-    return markdown(columns, rows)
+            runs = find(env, script)
+            cells += [in_words(Interval(each(MEASURES[name], runs))) if runs else "" for name in ("episode 1", "OOD")]
+        if runs := find(env):
+            seeds = ", ".join(str(run.args["seed"]) for run in runs)
+            minutes = np.mean([run.minutes[-1] for run in runs])
+            rows.append([env, seeds, *cells, f"{runs[0].steps[-1]:.0f}", f"{minutes:.0f}"])
+    return markdown("environment | seeds | TrMRL | OOD | RL² | OOD | M steps | minutes, TrMRL", rows)
 
 
 def ways_table() -> str:
@@ -415,7 +441,7 @@ def write_tables() -> None:
     """Replaces what stands between <!-- name --> and <!-- end --> in both READMEs."""
     claims = judged()
     tables = {
-        "results": results_table(every_run=True), "means": results_table(every_run=False),
+        "results": results_table(), "means": means_table(),
         "ways": ways_table(), "ablations": ablations_table(), "costs": costs_table(), "hours": hours_table(),
         "claims": markdown(" | claim | measured | verdict", claims),
         "verdicts": "".join(
