@@ -162,17 +162,17 @@ def refinement_curves(runs: list[Run]) -> pd.DataFrame:
 def draw_curves(table: pd.DataFrame, xlabel: str, empty_panels: tuple[str, ...] = ()) -> plt.Figure:
     """A panel for each in the table, in each a curve a setting; then the empty ones."""
     table = table.reset_index(drop=True)
-    table["setting"] += table.groupby("setting")["seed"].transform(lambda seeds: f" (n = {seeds.nunique()})")
+    counts = table.groupby(["setting", "panel"])["seed"].nunique().groupby("setting").unique()  # 3, 5: by panel
+    table["setting"] = [f"{name} (n = {', '.join(map(str, sorted(counts[name])))})" for name in table["setting"]]
     panels = [*table["panel"].unique(), *empty_panels]
-    columns = min(3, len(panels))
     grid = sns.relplot(
-        table, kind="line", x="x", y="y", errorbar=("ci", 95), seed=0, col="panel", col_order=panels, col_wrap=columns,
-        hue="setting", palette=dict(zip(table["setting"], table["colour"])), height=2.7, aspect=1.3,
-        marker="o" if table["x"].nunique() <= 20 else None,
+        table, kind="line", x="x", y="y", errorbar=("ci", 95), seed=0, col="panel", col_order=panels,
+        col_wrap=min(3, len(panels)), hue="setting", palette=dict(zip(table["setting"], table["colour"])),
+        height=2.7, aspect=1.3, marker="o" if table["x"].nunique() <= 20 else None,
         facet_kws={"sharex": False, "sharey": False, "legend_out": False},
     )  # fmt: skip
     grid.set_titles("{col_name}").set_axis_labels(xlabel, "").figure.subplots_adjust(wspace=0.3, hspace=0.5)
-    sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None, frameon=False, ncol=min(2, columns))
+    sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None, frameon=False, ncol=min(2, len(panels)))
     for axes in grid.axes.flat:
         axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=table["x"].dtype == int))
     return grid.figure
