@@ -118,11 +118,15 @@ def find(flags: str, script: str = "trmrl") -> list[Run]:
     return [Run(folder) for folder in sorted(KEPT.glob(name_of(script, flags, 0)[:-1] + "[0-9]*"))]
 
 
+class NotRun(Exception):
+    """A claim's runs are still to be made."""
+
+
 def load(flags: str, script: str = "trmrl") -> list[Run]:
-    """All seeds' runs. Raises LookupError if there is none."""
+    """All seeds' runs. Raises NotRun if there is none."""
     runs = find(flags, script)
     if not runs:
-        raise LookupError
+        raise NotRun
     return runs
 
 
@@ -310,7 +314,7 @@ def judged() -> list[list]:
     for number, claim, measure in CLAIMS:
         try:
             text, verdict = measure()
-        except LookupError:
+        except NotRun:
             text, verdict = "", "not run"
         rows.append([number, claim, text, verdict])
     return rows
