@@ -25,7 +25,7 @@ class Args(trmrl.Args):
     input_limit: float = 10.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 1e-3  # of Adam
     update_epochs: int = 6  # passes over an iteration's trials, at most
-    minibatch_size: int = 2000  # steps a gradient; each runs through whole trials, so that larger ones cost no more
+    minibatch_size: int = 800  # steps a gradient, drawn from all trials, each of which it runs through from the start
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
