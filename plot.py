@@ -29,6 +29,7 @@ COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_suc
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 plt.switch_backend("Agg")  # there may be no screen
 sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight"})
+plt.rcParams["axes.formatter.useoffset"] = False  # an axis says what it means
 
 
 # --- Runs and settings ------------------------------------------------------------------------------------------------
@@ -186,9 +187,8 @@ def draw_working_memories(runs: list[Run]) -> plt.Figure:
     _, _, components = np.linalg.svd(centred, full_matrices=False)
     figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
     dots = axes.scatter(*components[:3] @ centred.T, c=memories["task"], cmap="viridis", s=4, linewidth=0)
-    axes.set(
-        xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title(), xticklabels=[], yticklabels=[], zticklabels=[]
-    )
+    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title())
+    axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
     figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.15)
     return figure
 

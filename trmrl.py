@@ -11,8 +11,8 @@ episodes of one task, concatenated. At meta-test the weights are frozen; adaptin
 Paper                                      Here, in this order
 Eq. 1, Eq. 4   self-attention              TransformerLayer
 Sec. 3.3       T-Fixup                     t_fixup_
-Sec. 4.1       working memory φ, e⁰        Agent.working_memories
-Eq. 6          episodic memories e¹ … e^L  Agent.refine
+Sec. 4.1       working memory φ            Agent.working_memories
+Eq. 6          episodic memories e⁰ … e^L  Agent.refine
 Sec. 5.1       memory write logic          retrieve
 Alg. 1         acting                      collect_trial
 Sec. 5.1       PPO on concatenated trials  advantages_and_returns, ppo_update
@@ -201,7 +201,7 @@ class Agent(nn.Module):
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The current memory after each layer (Eq. 6), e⁰ to e^L, each (B, d); each layer's α from it, (B, ω, N)."""
+        """The current memory, e⁰ (φ, positioned) to e^L (Eq. 6), each (B, d); each layer's α from it, (B, ω, N)."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # (B, N, d)
         # A PAD is never attended to. Its own row, which nothing reads, would be 0 / 0 if the mask were not finite.

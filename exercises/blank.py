@@ -1,4 +1,4 @@
-"""Writes trmrl.py with an exercise's functions to be written anew.
+"""Writes trmrl.py with the functions of an exercise, or of several, to be written anew.
 
 python exercises/blank.py 3 > my_trmrl.py
 """
@@ -43,10 +43,11 @@ def blank(source: str, names: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 1 or argv[0] not in map(str, EXERCISES):
-        print(f"error: python exercises/blank.py NUMBER: takes one number from 1 to {len(EXERCISES)}", file=sys.stderr)
+    if not argv or not set(argv) <= set(map(str, EXERCISES)):
+        print(f"error: python exercises/blank.py NUMBER: takes numbers from 1 to {len(EXERCISES)}", file=sys.stderr)
         return 2
-    sys.stdout.write(blank(SCRIPT.read_text(encoding="utf-8"), EXERCISES[int(argv[0])]))
+    names = [name for number in sorted(set(argv)) for name in EXERCISES[int(number)]]
+    sys.stdout.write(blank(SCRIPT.read_text(encoding="utf-8"), names))
     return 0
 
 

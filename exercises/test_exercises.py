@@ -50,6 +50,8 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "window one short": (3, "steps >= start[:, None]", "steps >= torch.maximum(start, t + 2 - N)[:, None]"),
     "memory survives the episode": (3, "steps >= start[:, None]", "steps >= 0"),
     "current action not padded": (3, "x[:, -1, self.num_observations :] = 0", "x[:, -1, -2:] = 0"),
+    "PADs before normalising": (3, "= 0  # Alg. 1", "= self.normalise(0 * x)[:, -1, self.num_observations :]  #"),
+    "e⁰ without positions": (3, "attention = [e[:, -1]]", "attention = [self.working_memories(windows)[:, -1]]"),
     "e⁰ forgotten": (3, "memories, attention = [e[:, -1]], []", "memories, attention = [], []"),
     "attention of the oldest": (3, "attention.append(alpha[:, :, -1])", "attention.append(alpha[:, :, 0])"),
     "no positions": (3, "self.working_memories(windows) + self.positions", "self.working_memories(windows)"),

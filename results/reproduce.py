@@ -62,8 +62,7 @@ def make(script: str, flags: str, seed: int) -> None:
 
 
 def keep(run: Path, kept: Path) -> None:
-    """Copies what figures and tables read; of a run at the defaults the meta-tests too, of its first seed all files.
-    refinement.npz comes last: with it a run is kept."""
+    """Copies what figures and tables read, of the first seed all files; refinement.npz comes last: then it is kept."""
     default, first = not re.search("total|fixup", kept.name), kept.name.endswith("s13")
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
@@ -73,7 +72,8 @@ def keep(run: Path, kept: Path) -> None:
     if kept.name.startswith("trmrl-HalfCheetahVel-s"):
         np.savez_compressed(kept / "probe.npz", **probe(run))
     if kept.name == "trmrl-HalfCheetahVel-s13":
-        shutil.copy(run / "checkpoint.pt", KEPT.parent / "checkpoint")
+        for file in (run / "checkpoint.pt", kept / "args.json", kept / "progress.csv"):
+            shutil.copy(file, KEPT.parent / "checkpoint")
     for file in ["meta_test", "ood"] * default + ["working_memories", "attention"] * first + ["refinement"]:
         if (run / f"{file}.npz").exists():
             arrays = dict(np.load(run / f"{file}.npz"))
