@@ -256,7 +256,7 @@ class Trial:
 
 def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks (n, ·) at once, E episodes of each; actions are the policy's mean if not explore.
-    Raises RunFailed if the simulator returns a NaN or an infinity."""
+    Raises RunFailed at a NaN or an infinity."""
     n, S, A = len(tasks), envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     T = E * envs.horizon
     transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1
@@ -285,7 +285,7 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
     transitions[T, :, :S] = observations
     values[T] = agent.act(buffer, T, state)[1].numpy() * alive  # V goes on after the trial, but not after a death
     if not np.isfinite(transitions).all():
-        raise RunFailed("the simulator returned a NaN or an infinity; resuming would repeat it")
+        raise RunFailed("the simulator or the policy returned a NaN or an infinity; resuming would repeat it")
     log_probs = Normal(torch.from_numpy(means), std).log_prob(buffer[:-1, :, S : S + A]).sum(2)
     return Trial(buffer, log_probs, *(torch.from_numpy(array) for array in (values, valid, success)))
 
