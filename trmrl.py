@@ -125,9 +125,8 @@ class TransformerLayer(nn.Module):
 
 @torch.no_grad()
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
-    """T-Fixup (Sec. 3.3; Huang et al. 2020), in place, on layers that are Xavier already.
-    The paper's N in 0.67 N^(-1/4) is the number of layers, L here. As in Huang et al. queries and keys stay Xavier (the
-    authors' code scales them too), and the embedding is scaled by (9 L)^(-1/4), which the paper leaves out."""
+    """T-Fixup (Sec. 3.3), in place, on layers that are Xavier already. N in the paper's 0.67 N^(-1/4) is L, the layers.
+    As in Huang et al. (2020), queries and keys stay Xavier, and the embedding is scaled by (9 L)^(-1/4) as well."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
     phi.weight *= (9 * L) ** -0.25
@@ -463,8 +462,7 @@ class HalfCheetahVel(gymnasium.Wrapper):
 class AntDir(gymnasium.Wrapper):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
 
-    A task is the goal's angle in radians. An episode ends where the torso's height leaves [0.2, 1] m or the state is
-    not finite. The authors' goals, ±1 radian, share cos 1 = 54 % of the way; the paper says forward or backward."""
+    A task is the goal's angle in radians. An episode ends where the torso's height leaves [0.2, 1] m."""
 
     horizon, splits = 200, ("train", "test")
 
@@ -532,11 +530,13 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
-META_WORLD = dict(memory_length=30, init_std=1.0, learning_rate=1e-3, minibatch_size=400)
+ANT, META_WORLD = dict(num_tasks=10, update_epochs=6), dict(init_std=1.0, learning_rate=1e-3)
 DEFAULTS: dict[str, dict] = {  # where they differ from those of Args, which were chosen on HalfCheetahVel
-    **dict.fromkeys(("AntDir", "AntDir57"), dict(num_tasks=10, update_epochs=6)),
-    **dict.fromkeys(("ML1-Reach", "ML1-Push"), META_WORLD),
-    "ML45-Train": META_WORLD | dict(num_tasks=25, test_tasks=45, eval_interval=20),  # a test task of each environment
+    "AntDir": ANT,
+    "AntDir57": ANT,
+    "ML1-Reach": META_WORLD | dict(memory_length=30, minibatch_size=400),
+    "ML1-Push": META_WORLD | dict(memory_length=30, minibatch_size=400),
+    "ML45-Train": META_WORLD | dict(update_epochs=6, num_tasks=25, test_tasks=45, eval_interval=20),
 }
 
 
