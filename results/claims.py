@@ -260,9 +260,10 @@ def c11(env: str) -> tuple[str, str]:
 
 
 def solved() -> tuple[str, str]:
-    """Confirmed if the mean success is at least 0.95."""
-    success = Interval(each(lambda run: run.episodes()[0], load("ML1-Reach")))
-    return f"success on held-out goals: {success}", "confirmed" if success.mean >= 0.95 else "refuted"
+    """Of three seeds or more: confirmed if the mean success is at least 0.95."""
+    successes = each(lambda run: run.episodes()[0], load("ML1-Reach"))
+    verdict = "confirmed" if np.mean(successes) >= 0.95 else "refuted"
+    return f"success on held-out goals: {Interval(successes)}", verdict if len(successes) > 2 else "not decided"
 
 
 def c12() -> tuple[str, str]:
@@ -276,20 +277,25 @@ def theorem(name: str) -> tuple[str, str]:
     """Confirmed if no attention of any layer and seed has a single value of smaller risk."""
     shares = np.mean([run.files["probe"][name] for run in load("HalfCheetahVel")], axis=0)
     text = ", ".join(f"{share:.1%}" for share in shares)
-    return f"a single value has the smaller risk, by layer: {text}", "confirmed" if shares.max() == 0 else "refuted"
+    return (
+        f"a single value has the smaller risk, by layer: {text}",
+        "confirmed" if shares.max() == 0 else "refuted",
+    )
+
+
+def unfailing(measured: tuple[str, str]) -> tuple[str, str]:
+    """Of what holds in any network, or by the way a trial is made: it says so."""
+    text, verdict = measured
+    return text, verdict + ", by construction" if verdict == "confirmed" else verdict
 
 
 N_1, N_5, N_50 = (f" --memory-length {N}" for N in (1, 5, 50))
 CLAIMS = [
     ("C1", "about 20 steps suffice (Fig. 9)", c1),
-    ("C2", "high from the first episode, little to gain later (Fig. 5)", c2),
+    ("C2", "high from the first episode, little to gain later (Fig. 5)", lambda: unfailing(c2())),
     ("C3", "OOD better than RL² by a good margin (Fig. 6)", c3),
-    (
-        "C4",
-        "the representation error falls layer by layer (Fig. 7), as it does before training",
-        lambda: falls("representation_error"),
-    ),
-    ("C5", "so does the regression error (Fig. 7), and before training too", lambda: falls("regression_mse")),
+    ("C4", "the representation error falls layer by layer (Fig. 7)", lambda: unfailing(falls("representation_error"))),
+    ("C5", "so does the regression error (Fig. 7)", lambda: unfailing(falls("regression_mse"))),
     ("C6", "latents order by target velocity, planes separate them (Fig. 8)", c6),
     ("C7", "T-Fixup is decisive on HalfCheetahVel (Fig. 10)", c7_cheetah),
     ("C7", "and without effect on ML1-Reach (Fig. 10)", c7_reach),
@@ -302,7 +308,7 @@ CLAIMS = [
     *(("C11", f"at least on par with RL² on {env} (Fig. 4)", lambda env=env: c11(env)) for env in ENVS),
     ("C11", "ML1-Reach is solved (Fig. 4)", solved),
     ("C12", "learns best on ML45-Train (Fig. 4)", c12),
-    ("T", "Theorem 4.1, values normalised as it asks", lambda: theorem("violations_normalised")),
+    ("T", "Theorem 4.1, values normalised as it asks", lambda: unfailing(theorem("violations_normalised"))),
     ("T", "the same for the network's own values, which are not normalised", lambda: theorem("violations")),
 ]
 
@@ -413,7 +419,8 @@ def hours_table() -> str:
         ("what Figs. 10 to 13 share", ".*00-s"), ("all", ""),
     ):  # fmt: skip
         runs = [Run(path) for path in KEPT.iterdir() if re.match(pattern, path.name)]
-        rows.append([title, len(runs), f"{sum(run.minutes[-1] for run in runs) / 60:.1f}"])
+        if runs:
+            rows.append([title, len(runs), f"{sum(run.minutes[-1] for run in runs) / 60:.1f}"])
     return markdown("for | runs | core-hours", rows)
 
 
