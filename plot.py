@@ -29,7 +29,7 @@ COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_suc
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 plt.switch_backend("Agg")  # there may be no screen
 sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight"})
-plt.rcParams["axes.formatter.useoffset"] = False  # an axis says what it means
+plt.rcParams["axes.formatter.useoffset"] = False  # else ticks are differences from a number in the corner
 
 
 # --- Runs and settings ------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class TransformerLayer(nn.Module):
 @torch.no_grad()
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
     """T-Fixup (Sec. 3.3), in place, on layers that are Xavier already. N in the paper's 0.67 N^(-1/4) is L, the layers.
-    As in Huang et al. (2020), queries and keys stay Xavier, and the embedding is scaled by (9 L)^(-1/4) as well."""
+    As in Huang et al. (2020), not the paper, queries and keys stay Xavier, and the embedding is × (9 L)^(-1/4)."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
     phi.weight *= (9 * L) ** -0.25
@@ -255,7 +255,7 @@ class Trial:
 
 def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks (n, ·) at once, E episodes of each; actions are the policy's mean if not explore.
-    Raises RunFailed at a NaN or an infinity."""
+    Raises RunFailed if the simulator or the policy gives a NaN or an infinity."""
     n, S, A = len(tasks), envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     T = E * envs.horizon
     transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1
@@ -462,7 +462,7 @@ class HalfCheetahVel(gymnasium.Wrapper):
 class AntDir(gymnasium.Wrapper):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
 
-    A task is the goal's angle in radians. An episode ends where the torso's height leaves [0.2, 1] m."""
+    A task is the goal's angle (rad). An episode ends where the torso leaves [0.2, 1] m or the state is not finite."""
 
     horizon, splits = 200, ("train", "test")
 

@@ -131,12 +131,12 @@ def load(flags: str, script: str = "trmrl") -> list[Run]:
 
 
 class Interval:
-    """The mean of a number per seed, or with minus the difference of two such, and its 95 % interval."""
+    """The mean of a number per seed, or with minus the difference of two; from three seeds on, its 95 % interval."""
 
     def __init__(self, values: list, minus: list | None = None):
         self.mean = np.mean(values) - (0 if minus is None else np.mean(minus))
         self.low = self.high = np.nan
-        if min(len(values), len(minus or values)) > 1:
+        if min(len(values), len(minus or values)) > 2:
             test = ttest_1samp(values, 0) if minus is None else ttest_ind(values, minus, equal_var=False)
             self.low, self.high = test.confidence_interval()
 
@@ -277,14 +277,11 @@ def theorem(name: str) -> tuple[str, str]:
     """Confirmed if no attention of any layer and seed has a single value of smaller risk."""
     shares = np.mean([run.files["probe"][name] for run in load("HalfCheetahVel")], axis=0)
     text = ", ".join(f"{share:.1%}" for share in shares)
-    return (
-        f"a single value has the smaller risk, by layer: {text}",
-        "confirmed" if shares.max() == 0 else "refuted",
-    )
+    return f"a single value has the smaller risk, by layer: {text}", "confirmed" if shares.max() == 0 else "refuted"
 
 
 def unfailing(measured: tuple[str, str]) -> tuple[str, str]:
-    """Of what holds in any network, or by the way a trial is made: it says so."""
+    """What holds in any network, or by the way a trial is made, could not have failed: its verdict says so."""
     text, verdict = measured
     return text, verdict + ", by construction" if verdict == "confirmed" else verdict
 

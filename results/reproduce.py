@@ -62,7 +62,7 @@ def make(script: str, flags: str, seed: int) -> None:
 
 
 def keep(run: Path, kept: Path) -> None:
-    """Copies what figures and tables read, of the first seed all files; refinement.npz comes last: then it is kept."""
+    """Copies what figures and tables read, meta-tests at the defaults alone; refinement.npz last: then it is kept."""
     default, first = not re.search("total|fixup", kept.name), kept.name.endswith("s13")
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
