@@ -21,13 +21,10 @@ from tqdm import tqdm
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), (13, 14, 15, 16, 17)  # seeds that have chosen no default
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
-    ("trmrl.py", "HalfCheetahVel", FIVE, 0.4),  # Figs. 4 to 9
-    (RL2, "HalfCheetahVel", FIVE, 0.8),
+    *((script, "HalfCheetahVel", FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # Figs. 4 to 9
     *(("trmrl.py", env, THREE, hours) for env, hours in (("AntDir", 0.8), ("ML1-Reach", 2.2))),
-    *(
-        ("trmrl.py", env, seeds, hours)
-        for env, seeds, hours in (("ML1-Push", (16, 17, 18), 0.9), ("ML45-Train", (13,), 4.0))
-    ),
+    ("trmrl.py", "ML1-Push", (16, 17, 18), 0.9),  # its seed 13 has chosen its steps
+    ("trmrl.py", "ML45-Train", (13,), 4.0),
     *((RL2, env, THREE, hours) for env, hours in (("AntDir", 0.8), ("ML1-Reach", 2.0))),
     ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
