@@ -161,10 +161,10 @@ def refinement_curves(runs: list[Run]) -> pd.DataFrame:
 
 
 def draw_curves(table: pd.DataFrame, xlabel: str, empty_panels: tuple[str, ...] = ()) -> plt.Figure:
-    """A panel for each in the table, in each a curve a setting; then the empty ones."""
+    """A panel for each in the table, in each a curve a setting, n seeds of each; then the empty ones."""
     table = table.reset_index(drop=True)
-    counts = table.groupby(["setting", "panel"], sort=False)["seed"].nunique().groupby("setting").unique()
-    table["setting"] = [f"{name} (n = {', '.join(map(str, counts[name]))})" for name in table["setting"]]  # by panel
+    seeds = table.groupby(["panel", "setting"], sort=False)["seed"].nunique().groupby("panel").unique()
+    table["panel"] = [f"{name}, n = {', '.join(map(str, seeds[name]))}" for name in table["panel"]]
     panels = [*table["panel"].unique(), *empty_panels]
     grid = sns.relplot(
         table, kind="line", x="x", y="y", errorbar=("ci", 95), seed=0, col="panel", col_order=panels,

@@ -841,8 +841,8 @@ class TestFigures:
         folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
         figure = plot.FIGURES["meta_training"][1](plot.load_runs(folders, []))
         (axes,) = figure.axes
-        assert axes.get_title() == "HalfCheetahVel: test return"
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TrMRL (n = 3)"]
+        assert axes.get_title() == "HalfCheetahVel: test return, n = 3"
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TrMRL"]
         assert axes.lines[0].get_xdata() == pytest.approx(np.array([1, 4, 7, 10]) / 1e4)
         assert axes.lines[0].get_ydata() == pytest.approx(np.mean([evaluations(folder) for folder in folders], axis=0))
         (axes,) = plot.FIGURES["meta_training"][1](plot.load_runs(folders[:1], [])).axes
