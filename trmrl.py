@@ -535,7 +535,7 @@ DEFAULTS: dict[str, dict] = {  # where they differ from those of Args, which wer
     "AntDir": ANT,
     "AntDir57": ANT,
     "ML1-Reach": META_WORLD | dict(memory_length=30, minibatch_size=400),
-    "ML1-Push": META_WORLD | dict(update_epochs=6, total_timesteps=2_000_000),  # over 4 M it lost its policy
+    "ML1-Push": META_WORLD | dict(learning_rate=5e-4, update_epochs=6, target_kl=None, total_timesteps=3_000_000),
     "ML45-Train": META_WORLD | dict(update_epochs=6, num_tasks=25, test_tasks=45, eval_interval=20),
 }
 
