@@ -531,7 +531,7 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
 ANT, META_WORLD = dict(num_tasks=10, update_epochs=6), dict(init_std=1.0, learning_rate=1e-3)
-DEFAULTS: dict[str, dict] = {  # where they differ from those of Args, which were chosen on HalfCheetahVel
+DEFAULTS: dict[str, dict] = {  # where they differ from Args, chosen on HalfCheetahVel; why: results/README.md
     "AntDir": ANT,
     "AntDir57": ANT,
     "ML1-Reach": META_WORLD | dict(memory_length=30, minibatch_size=400),
