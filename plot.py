@@ -24,7 +24,7 @@ import tyro
 from matplotlib.animation import PillowWriter
 from tqdm import tqdm
 
-NOT_A_SETTING = {"seed", "eval_interval", "runs_dir", "device", "versions"}  # what runs of one setting may differ in
+NOT_A_SETTING = {"seed", "eval_interval", "test_tasks", "test_episodes", "runs_dir", "device", "versions"}
 COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_success", "ood_return"]
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 plt.switch_backend("Agg")  # there may be no screen
@@ -46,7 +46,7 @@ class Run:
     colour: str = ""  # its setting's colour in all figures
 
     def title(self) -> str:
-        return f"{self.env}, {self.method}, seed {self.seed}"
+        return f"{self.env}, {self.label}, seed {self.seed}"
 
     def setting(self, without: str = "") -> str:
         """A key that runs share if they differ in the seed alone, or in one more flag."""
@@ -301,6 +301,7 @@ def write(path: Path, save: Callable) -> None:
     temporary = path.with_stem(path.stem + ".tmp")  # the ending names the format
     save(temporary)
     temporary.replace(path)
+    print(path)
 
 
 def draw_all(runs: list[Run], out: Path) -> None:
@@ -312,7 +313,6 @@ def draw_all(runs: list[Run], out: Path) -> None:
             figure = draw(members)
             write(out / f"{name}.png", figure.savefig)
             plt.close(figure)
-            print(out / f"{name}.png")
     run = next((run for run in runs if run.env in TASKS and "observations" in run.files.get("meta_test", ())), None)
     if run and (renderer := open_renderer(run.env)):
         write(out / "film.gif", partial(save_film, run, renderer))

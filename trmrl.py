@@ -67,7 +67,7 @@ class Args:
     memory_length: int = 5  # N, the working memories in sight, the current one included (Sec. 4.1)
     layers: int = 4  # L, the transformer layers, each refining the episodic memory once (Eq. 6)
     heads: int = 4  # ω, the attention heads (Eq. 1); a divisor of d_model
-    d_model: int = 32  # d, the size of a memory; the feed-forward block is four times as wide
+    d_model: int = 32  # d, the size of a memory
     t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
     init_std: float = 0.3  # initial standard deviation of the Gaussian policy, and its largest; it is learned
     input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
@@ -98,7 +98,7 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class TransformerLayer(nn.Module):
-    """Multi-head self-attention (Eq. 1), then a position-wise feed-forward block, each with a residual connection."""
+    """Multi-head self-attention (Eq. 1), then a feed-forward block, four times as wide, each with a residual sum."""
 
     def __init__(self, d_model: int, heads: int, layer_norm: bool):
         super().__init__()
@@ -196,7 +196,7 @@ class Agent(nn.Module):
     def working_memories(self, windows: Tensor) -> Tensor:
         """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
-        x[:, -1, self.num_observations :] = 0  # Alg. 1: the current one is (s_next, a_PAD, r_PAD, η_PAD)
+        x[:, -1, self.num_observations :] = 0  # Alg. 1: (s_next, a_PAD, r_PAD, η_PAD); in training its row holds all
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -767,7 +767,7 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
                 agent.load_state_dict(checkpoint["agent"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
             except (RuntimeError, ValueError) as error:
-                raise UserError(f"{run}: its network has another shape than --layers, --d-model, ... say") from error
+                raise UserError(f"{run}: its network has another shape than --env, --layers, ... say") from error
         elif first:
             run = Path(args.runs_dir, f"{args.env}-{agent.method}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
             try:
@@ -789,7 +789,7 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         print(f"error: {args.env}, iteration {len(rows) + 1}: {error}; {run} holds what came before", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped after {len(rows)} iterations; go on with: python {sys.argv[0]} --resume {run}")
+        print(f"\nstopped; go on with: python {sys.argv[0]} --resume {run}" if run and not args.test else "\nstopped")
         return 130
     finally:
         if distributed.is_initialized():
