@@ -337,7 +337,7 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
     mean, std = mean_and_std(sums_of(advantages[t, task]))
     explained_variance = 1 - (std / agent.return_std) ** 2  # an advantage is a return less its value
     advantages = (advantages - mean) / std
-    S, A = agent.num_observations, len(agent.log_std)
+    actions = trial.transitions[:-1, :, agent.num_observations : -2]
     number = math.ceil(return_sums[0].item() / args.minibatch_size)  # of minibatches an epoch
     size = return_sums[0].float() / number  # over all processes
     epochs = [torch.from_numpy(rng.permutation(len(t))).tensor_split(number) for _ in range(args.update_epochs)]
@@ -346,7 +346,7 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
         at = t[chosen], task[chosen]
         mean, value = agent(trial.transitions, *at)
         policy = Normal(mean, agent.log_std.exp())
-        log_ratio = policy.log_prob(trial.transitions[at][:, S : S + A]).sum(1) - trial.log_probs[at]
+        log_ratio = policy.log_prob(actions[at]).sum(1) - trial.log_probs[at]
         ratio = log_ratio.exp()
         policy_loss = -clipped_objective(ratio, advantages[at], args.clip_coef).sum() / size
         # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
@@ -561,10 +561,9 @@ class TaskVectorEnv(VectorEnv):
         env = self.envs[0]
         self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
         self.horizon, self.splits, self.sample_tasks = env.horizon, env.splits, env.sample_tasks
-        context = multiprocessing.get_context("spawn")  # which every platform has
         for _ in range(processes - 1):
-            ours, theirs = context.Pipe()
-            context.Process(target=serve, args=(theirs, make_env), daemon=True).start()
+            ours, theirs = multiprocessing.Pipe()
+            multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, make_env), daemon=True).start()
             theirs.close()  # so that the pipe ends when either side does
             self.pipes.append(ours)
 
