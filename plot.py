@@ -49,7 +49,7 @@ class Run:
         return f"{self.env}, {self.label}, seed {self.seed}"
 
     def setting(self, without: str = "") -> str:
-        """A key that runs share if they differ in the seed alone, or in one more flag."""
+        """A key of all runs that differ in NOT_A_SETTING alone, or in one more flag."""
         ignored = NOT_A_SETTING | {without}
         return json.dumps({name: value for name, value in self.args.items() if name not in ignored}, sort_keys=True)
 
@@ -296,7 +296,7 @@ def summary(runs: list[Run]) -> str:
 
 
 def write(path: Path, save: Callable) -> None:
-    """Under a temporary name, which is then changed, so that path is never half-written."""
+    """Under a temporary name, which is then changed, so that path is never half-written; prints path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_stem(path.stem + ".tmp")  # the ending names the format
     save(temporary)

@@ -196,7 +196,7 @@ class Agent(nn.Module):
     def working_memories(self, windows: Tensor) -> Tensor:
         """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
-        x[:, -1, self.num_observations :] = 0  # Alg. 1: (s_next, a_PAD, r_PAD, η_PAD); in training its row holds all
+        x[:, -1, self.num_observations :] = 0  # Alg. 1: the current (a, r, η) are PADs, though training knows them
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -541,7 +541,7 @@ DEFAULTS: dict[str, dict] = {  # where they differ from Args, chosen on HalfChee
 
 
 def serve(pipe, make_env: Callable[[], gymnasium.Env]) -> None:
-    """A process that resets and steps its share of a TaskVectorEnv as it is told, until the pipe closes."""
+    """A process, spawned as any platform can, that steps its share of a TaskVectorEnv as told, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it is the parent's to answer
     envs = TaskVectorEnv(make_env)
     with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is gone
