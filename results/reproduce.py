@@ -24,7 +24,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *((script, "HalfCheetahVel", FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # Figs. 4 to 9
     *(("trmrl.py", env, THREE, hours) for env, hours in (("AntDir", 0.8), ("ML1-Reach", 2.2))),
     ("trmrl.py", "ML1-Push", (16, 17, 18), 1.4),  # its seed 13 has helped to choose its defaults
-    ("trmrl.py", "ML45-Train", (13,), 4.0),
+    ("trmrl.py", "ML45-Train", (14,), 2.6),
     *((RL2, env, THREE, hours) for env, hours in (("AntDir", 0.8), ("ML1-Reach", 2.0))),
     ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
