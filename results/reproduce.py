@@ -19,14 +19,13 @@ from claims import CHEETAH, KEPT, REACH, ROOT, draw, name_of, probe, write_table
 from tqdm import tqdm
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), (13, 14, 15, 16, 17)  # seeds that have chosen no default
+RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), range(13, 18)  # seeds that have chosen no default
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *((script, "HalfCheetahVel", FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # Figs. 4 to 9
     ("trmrl.py", "ML1-Reach", THREE, 2.2),
-    *(("trmrl.py", env, (16, 17, 18), 1.4) for env in ("AntDir", "ML1-Push")),  # 13 to 15 have run at older defaults
+    *(("trmrl.py", env, range(16, 19), 1.4) for env in ("AntDir", "ML1-Push")),  # 13 to 15 ran at older defaults
     ("trmrl.py", "ML45-Train", (14,), 2.6),
-    (RL2, "AntDir", (16, 17, 18), 1.0),
-    (RL2, "ML1-Reach", THREE, 2.0),
+    *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", range(16, 19), 1.0), ("ML1-Reach", THREE, 2.0))),
     ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
