@@ -99,7 +99,7 @@ def trial_of(envs, agent, tasks=3, episodes=2) -> trmrl.Trial:
 
 def update(agent, trial, optimizer=None, **flags) -> dict:
     """ppo_update in one minibatch and epoch with plain gradient descent, if not told otherwise."""
-    args = trmrl.Args(**dict(minibatch_size=1000, update_epochs=1) | flags)
+    args = trmrl.Args(**dict(minibatch_size=1000, update_epochs=1, target_kl=None) | flags)
     optimizer = optimizer or torch.optim.SGD(agent.parameters(), lr=0.1)
     return trmrl.ppo_update(agent, optimizer, trial, args, np.random.default_rng(0))
 
@@ -366,6 +366,17 @@ class TestPPO:
         assert agent.return_mean.item() == pytest.approx(np.mean(returns.numpy()), abs=1e-5)
         assert agent.return_std.item() == pytest.approx(np.std(returns.numpy()), rel=1e-3)
 
+    def test_a_high_kl_ends_the_update(self):
+        rows = {}
+        for kl in (None, 1e9, 1e-9, 0.008, 0.012):
+            agent = make_agent()
+            optimizer, trial = torch.optim.Adam(agent.parameters(), lr=1e-2), trial_of(vector(), agent)
+            row = rows[kl] = update(agent, trial, optimizer, minibatch_size=60, update_epochs=5, target_kl=kl)
+            assert row["gradient_steps"] == optimizer.state[agent.log_std]["step"].item()
+        steps = [row["gradient_steps"] for row in rows.values()]
+        assert steps[:3] == [10, 10, 1]  # what has not moved has no divergence
+        assert 1 < steps[3] < steps[4] < 10 and rows[0.008]["approx_kl"] > 0.008
+
     def test_a_gradient_that_is_not_finite_is_never_stepped_on(self):
         agent = make_agent()
         trial = trial_of(vector(), agent)
@@ -459,7 +470,7 @@ class TestMetaTests:
         flags = "--env PointMass --d-model 16 --num-tasks 40 --gamma 0.9 --total-timesteps "
         flags += {
             trmrl.main: "64000 --layers 2 --heads 2 --learning-rate 3e-3",
-            main_rl2: "80000 --minibatch-size 400 --learning-rate 4e-3 --init-std 0.5",
+            main_rl2: "80000 --minibatch-size 400 --target-kl None --learning-rate 4e-3 --init-std 0.5",
         }[main]
         folder = run(tmp_path, *flags.split(), main=main)
         returns = progress(folder)["test_return"].dropna()
@@ -694,6 +705,7 @@ class TestMistakes:
             ("--layers 0", "--layers 0: takes a number from 1"),
             ("--gamma 1.5", "--gamma 1.5: takes a number from 0 to 1"),
             ("--seed -1", "--seed -1: takes a number from 0"),
+            ("--target-kl 0", "--target-kl 0"),
             *((flag, flag) for flag in ("--learning-rate nan", "--device abacus", "--runs-dir /dev/null")),
             ("--resume nowhere", "--resume, --test: take a run's folder; nowhere"),
             ("--test nowhere --resume nowhere", "--resume, --test: take one"),

@@ -76,8 +76,9 @@ class Args:
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     clip_coef: float = 0.2  # PPO's clipping range of the probability ratio
-    update_epochs: int = 3  # passes over an iteration's trials
+    update_epochs: int = 3  # passes over an iteration's trials, at most
     minibatch_size: int = 200  # steps a gradient, drawn from all tasks
+    target_kl: float | None = 0.04  # ends an update once the mean approx_kl of its minibatches exceeds it
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     eval_interval: int = 10  # iterations between two evaluations on test and OOD tasks, one episode each
     test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again
@@ -327,7 +328,7 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 
 
 def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator) -> dict:
-    """Takes update_epochs passes over the trials' valid steps, in minibatches that mix all tasks; returns statistics.
+    """Up to update_epochs passes over the trials' valid steps, in minibatches that mix all tasks; returns statistics.
     Raises RunFailed if a gradient is not finite, before the step that it would have spoilt."""
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
@@ -340,7 +341,7 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
     number = math.ceil(return_sums[0].item() / args.minibatch_size)  # of minibatches an epoch
     size = return_sums[0].float() / number  # over all processes
     epochs = [torch.from_numpy(rng.permutation(len(t))).tensor_split(number) for _ in range(args.update_epochs)]
-    statistics = []
+    statistics, gradient_steps = [], 0
     for chosen in itertools.chain(*epochs):
         at = t[chosen], task[chosen]
         mean, value = agent(trial.transitions, *at)
@@ -358,13 +359,17 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
         if distributed.is_initialized():  # size counts all processes' steps, so that their shares add up
             shares = [parameter.grad for parameter in agent.parameters()] + [statistics[-1]]
             nn.utils.vector_to_parameters(all_reduce(nn.utils.parameters_to_vector(shares)), shares)
+        # Checked at each minibatch: one trial that went very wrong can carry the policy far away within an epoch.
+        if args.target_kl is not None and torch.stack(statistics)[:, 3].mean() > args.target_kl:
+            break
         norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         if not torch.isfinite(norm):
             raise RunFailed("the gradient is not finite")
         optimizer.step()
+        gradient_steps += 1
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    return row | {"explained_variance": explained_variance.item(), "gradient_steps": len(statistics)}
+    return row | {"explained_variance": explained_variance.item(), "gradient_steps": gradient_steps}
 
 
 # --- Meta-tests with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) -------------
@@ -526,12 +531,13 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
 DEFAULTS: dict[str, dict] = {  # where they differ from Args, chosen on HalfCheetahVel; why: results/README.md
-    "AntDir": dict(num_tasks=10, update_epochs=6),
-    "AntDir57": dict(num_tasks=10, update_epochs=6),
+    "AntDir": dict(num_tasks=10, update_epochs=6, target_kl=None),
+    "AntDir57": dict(num_tasks=10, update_epochs=6, target_kl=None),
     "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
-    "ML1-Push": dict(init_std=1.0, update_epochs=6, total_timesteps=3_000_000),
-    "ML45-Train": dict(init_std=1.0, learning_rate=1e-3, update_epochs=6, total_timesteps=6_000_000)
-    | dict(num_tasks=25, test_tasks=45, eval_interval=20),
+    "ML1-Push": dict(init_std=1.0, update_epochs=6, target_kl=None, total_timesteps=3_000_000),
+    "ML45-Train": dict(
+        init_std=1.0, learning_rate=1e-3, update_epochs=6, num_tasks=25, test_tasks=45, eval_interval=20
+    ),
 }
 
 
