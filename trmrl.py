@@ -536,7 +536,7 @@ DEFAULTS: dict[str, dict] = {  # where they differ from Args, chosen on HalfChee
     "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
     "ML1-Push": dict(init_std=1.0, update_epochs=6, target_kl=None, total_timesteps=3_000_000),
     "ML45-Train": dict(
-        init_std=1.0, learning_rate=1e-3, update_epochs=6, num_tasks=25, test_tasks=45, eval_interval=20
+        init_std=1.0, update_epochs=6, target_kl=None, num_tasks=25, total_timesteps=6_000_000, test_tasks=45
     ),
 }
 

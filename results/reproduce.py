@@ -24,7 +24,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *((script, "HalfCheetahVel", FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # Figs. 4 to 9
     ("trmrl.py", "ML1-Reach", THREE, 2.2),
     *(("trmrl.py", env, range(16, 19), 1.4) for env in ("AntDir", "ML1-Push")),  # 13 to 15 ran at older defaults
-    ("trmrl.py", "ML45-Train", (13,), 1.1),
+    ("trmrl.py", "ML45-Train", (15,), 2.4),  # so did 13 and 14
     *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", range(16, 19), 1.0), ("ML1-Reach", THREE, 2.0))),
     ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
@@ -33,7 +33,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *(("trmrl.py", f"{REACH} --memory-length {N}", THREE, 0.5 + 0.01 * N) for N in (1, 5, 50)),
     *(("trmrl.py", f"{CHEETAH} --layers {L}", THREE, 0.1 + 0.03 * L) for L in (1, 2, 8, 12)),
     *(("trmrl.py", f"{CHEETAH} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
-    *((RL2, env, (seed,), hours) for env, seed, hours in (("ML1-Push", 16, 1.4), ("ML45-Train", 13, 1.2))),
+    *((RL2, env, (seed,), hours) for env, seed, hours in (("ML1-Push", 16, 1.4), ("ML45-Train", 15, 2.4))),
     *(("trmrl.py", f"{REACH} --layers {L}", THREE, 0.5 + 0.1 * L) for L in (1, 8)),
 ]
 
