@@ -19,7 +19,7 @@ from claims import CHEETAH, KEPT, REACH, ROOT, draw, name_of, probe, write_table
 from tqdm import tqdm
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), range(13, 18)  # seeds that have chosen no default
+RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), range(13, 18)  # README.md says which chose a default
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *((script, "HalfCheetahVel", FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # Figs. 4 to 9
     ("trmrl.py", "ML1-Reach", THREE, 2.2),
