@@ -424,13 +424,14 @@ def hours_table() -> str:
 
 def draw() -> None:
     """Every figure from the kept runs, into results/figures."""
-    names, short = "|".join(ENVS), "|".join(name_of("", flags, 0)[1:-3] for flags in (CHEETAH, REACH))
+    names = "|".join(ENVS)
+    cheetah, reach = (name_of("", flags, 0)[1:-3] for flags in (CHEETAH, REACH))
     figures = {  # flag: the runs that its figure is drawn from
         "all": rf"(trmrl|rl2)-({names})-s\d+",
-        "t_fixup": rf"trmrl-(HalfCheetahVel|{short})(-no-t-fixup)?-s\d+",
-        "memory_length": rf"trmrl-({short})(-memory-length-\d+)?-s\d+",
-        "layers": rf"trmrl-({short})(-layers-\d+)?-s\d+",
-        "heads": rf"trmrl-({short})(-heads-\d+)?-s\d+",
+        "t_fixup": rf"trmrl-(HalfCheetahVel|{reach})(-no-t-fixup)?-s\d+",
+        "memory_length": rf"trmrl-({cheetah}|{reach})(-memory-length-\d+)?-s\d+",
+        "layers": rf"trmrl-({cheetah}|{reach})(-layers-\d+)?-s\d+",
+        "heads": rf"trmrl-({cheetah}|{reach})(-heads-\d+)?-s\d+",
     }
     out = KEPT.parent / "figures"
     for flag, pattern in figures.items():
@@ -439,7 +440,8 @@ def draw() -> None:
         if flag == "all":
             plot.draw_all(runs, out)
         elif members := plot.ablations(runs).get(flag):
-            for column, unit, label in (("env_steps", 1e6, "million steps"), ("wall_seconds", 60, "minutes")):
+            axes = [("env_steps", 1e6, "million steps"), ("wall_seconds", 60, "minutes")]
+            for column, unit, label in axes if flag in ("memory_length", "layers") else axes[:1]:  # which cost time
                 figure = plot.draw_curves(plot.learning_curves(members, column, unit), label)
                 plot.write(out / f"ablation_{flag}_over_{column}.png", figure.savefig)
 
