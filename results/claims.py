@@ -396,7 +396,8 @@ def ways_table() -> str:
 def ablations_table() -> str:
     """A row a setting of Figs. 10 to 13, and of what they are compared with."""
     rows = []
-    for flags in sorted({path.name.rsplit("-s", 1)[0].removeprefix("trmrl-") for path in KEPT.glob("trmrl-*")}):
+    settings = {path.name.rsplit("-s", 1)[0].removeprefix("trmrl-") for path in KEPT.glob("trmrl-*")}
+    for flags in sorted(settings, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name)):
         runs = [Run(path) for path in sorted(KEPT.glob(f"trmrl-{flags}-s[0-9]*"))]
         if re.search("HalfCheetahVel|total|fixup", flags):
             ood = Interval(each(lambda run: run.files["progress"]["ood_return"].tail(3).mean(), runs))
