@@ -13,7 +13,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -91,12 +90,13 @@ def differing_flags(runs: list[Run]) -> list[str]:
 
 
 def label_settings(runs: list[Run]) -> None:
-    """A label is the method and the flags that differ within the same environment and method."""
+    """Sorts by label: the method and the flags that differ within the same environment and method."""
     for run in runs:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
         run.label = run.method + "".join(f", {flag.replace('_', ' ')} {run.args.get(flag)}" for flag in flags)
         run.label += ", unfinished" if run.unfinished else ""
-    labels = sorted({run.label for run in runs}, key=lambda label: (len(label), label))  # layers 4 before layers 12
+    runs.sort(key=lambda run: (len(run.label), run.label, run.seed))  # layers 4 before layers 12
+    labels = list(dict.fromkeys(run.label for run in runs))
     palette = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels)).as_hex()
     for run in runs:
         run.colour = palette[labels.index(run.label)]
@@ -112,7 +112,7 @@ def load_runs(folders: list[Path], problems: list[str]) -> list[Run]:
             problems.append(f"{folder} has no args.json and progress.csv, or they are empty or damaged")
     runs = select(runs, problems)
     label_settings(runs)
-    return sorted(runs, key=lambda run: (run.env != "HalfCheetahVel", run.env, run.method != "TrMRL", run.seed))
+    return sorted(runs, key=lambda run: (run.env != "HalfCheetahVel", run.env, run.method != "TrMRL"))
 
 
 def ablations(runs: list[Run]) -> dict[str, list[Run]]:
@@ -315,7 +315,7 @@ def draw_all(runs: list[Run], out: Path) -> None:
             plt.close(figure)
     run = next((run for run in runs if run.env in TASKS and "observations" in run.files.get("meta_test", ())), None)
     if run and (renderer := open_renderer(run.env)):
-        write(out / "film.gif", partial(save_film, run, renderer))
+        write(out / "film.gif", lambda path: save_film(run, renderer, path))
         renderer.close()
 
 

@@ -866,11 +866,11 @@ class TestFigures:
         assert velocities.lines[0].get_ydata() == pytest.approx(file["observations"][file["tasks"].argmin(), :, 8])
 
     def test_ablations_are_runs_that_differ_in_one_flag(self, tmp_path):
-        variants = {"base": {}, "base2": dict(seed=2), "deep": dict(layers=12), "both": dict(layers=8, t_fixup=False)}
+        variants = {"deep": dict(layers=12), "base": {}, "base2": dict(seed=2), "both": dict(layers=8, t_fixup=False)}
         variants |= {"ant": dict(env="AntDir", layers=2), "rl2": dict(method="RL2", layers=1)}
         runs = plot.load_runs([fake_run(tmp_path / name, **flags) for name, flags in variants.items()], [])
-        found = {flag: {run.folder.name for run in some} for flag, some in plot.ablations(runs).items() if some}
-        assert found == {"layers": {"base", "base2", "deep"}}
+        found = {flag: [run.folder.name for run in some] for flag, some in plot.ablations(runs).items() if some}
+        assert found == {"layers": ["base", "base2", "deep"]}  # 4 before 12
         labels = {run.folder.name: run.label for run in runs}
         assert labels["rl2"] == "RL²" and labels["deep"] == "TrMRL, layers 12, t fixup True"
         assert len({run.colour for run in runs}) == 5  # one a label, the same in all figures
