@@ -450,7 +450,7 @@ def draw() -> None:
             plot.draw_all(runs, out)
         elif members := plot.ablations(runs).get(flag):
             axes = [("env_steps", 1e6, "million steps"), ("wall_seconds", 60, "minutes")]
-            for column, unit, label in axes if flag in ("memory_length", "layers") else axes[:1]:  # which cost time
+            for column, unit, label in axes if flag != "t_fixup" else axes[:1]:  # which costs no time
                 figure = plot.draw_curves(plot.learning_curves(members, column, unit), label)
                 plot.write(out / f"ablation_{flag}_over_{column}.png", figure.savefig)
 
