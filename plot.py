@@ -200,7 +200,7 @@ def draw_online_adaptation(runs: list[Run]) -> plt.Figure:
     shown = [run for run in runs if run.env == "HalfCheetahVel" and "observations" in run.files["meta_test"]]
     if not shown:
         return draw_curves(table, "time step")
-    figure = draw_curves(table, "time step", (f"{shown[0].title()}: velocity (m/s)",))
+    figure = draw_curves(table, "time step", (f"{shown[0].title()}:\nvelocity (m/s)",))
     axes, test = figure.axes[-1], shown[0].files["meta_test"]
     targets, velocities = test["tasks"][:, 0], test["observations"][:, :, 8]
     from_slow_to_fast = np.linspace(0, len(targets) - 1, 4).round().astype(int)

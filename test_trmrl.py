@@ -92,9 +92,9 @@ def make_agent(envs=None, **flags) -> trmrl.Agent:
     return trmrl.Agent(envs or vector(), trmrl.Args(**sizes | flags))
 
 
-def trial_of(envs, agent, tasks=3, episodes=2) -> trmrl.Trial:
+def trial_of(envs, agent, tasks=3, episodes=2, explore=True) -> trmrl.Trial:
     rng = np.random.default_rng(0)
-    return trmrl.collect_trial(agent, envs, envs.sample_tasks("train", tasks, rng), episodes, rng, explore=True)
+    return trmrl.collect_trial(agent, envs, envs.sample_tasks("train", tasks, rng), episodes, rng, explore)
 
 
 def update(agent, trial, optimizer=None, **flags) -> dict:
@@ -254,9 +254,8 @@ class TestTrial:
                 assert [row[0], np.clip(row[1], -1, 1), row[2]] == pytest.approx([s, a, r], abs=1e-6)
                 assert row[3] == ((dead or t % 20 == 19) and t < 39) and trial.success[t, task] == success
                 deaths += dead
-            resting = trial.transitions[:-1, task][~trial.valid[:, task]]
-            assert not resting[:, [0, 2]].any()  # nothing is observed and no reward given after a death
         assert 0 < deaths < 24
+        assert not trial.transitions[:-1][~trial.valid][:, [0, 2]].any()  # after a death no observation, no reward
         alive = trial.valid[-1] & (trial.transitions[-1, :, 0] != 0)
         assert alive.any() and not alive.all()
         assert ((trial.values[-1] != 0) == alive).all()  # the trial's end is a truncation, a death is not
@@ -269,6 +268,11 @@ class TestTrial:
         t, task = trial.valid.nonzero(as_tuple=True)
         noise = trial.transitions[t, task, 1:2] - agent(trial.transitions, t, task)[0]
         assert noise.std().item() == pytest.approx(0.4, rel=0.05) and abs(noise.mean().item()) < 0.03
+        starts = [some.transitions[[0, 20], :, 0] for some in (trial, trial_of(vector(), agent, 50, explore=False))]
+        assert torch.equal(*starts) and len(starts[0].unique()) == 100  # the same, explored or not; each episode's own
+        agent.policy.bias.fill_(math.nan)
+        with pytest.raises(trmrl.RunFailed):
+            trial_of(vector(), agent)
 
     @torch.no_grad()
     def test_rl2_is_torchs_gru(self):
@@ -555,10 +559,8 @@ class TestEnvironments:
         test = env.sample_tasks("test", 45, rng)[:, 0]
         assert len(set(test // 100)) == 45 and (test % 100 < 50).all()
         envs = vector(functools.partial(trmrl.MetaWorld, ("door-open-v3", "reach-wall-v3"), False))
-        one, other = [3], [104]
-        first = envs.reset(seed=0, options={"tasks": np.array([one, other])})[0]
-        swapped = envs.reset(seed=0, options={"tasks": np.array([other, one])})[0]
-        again = envs.reset(seed=0, options={"tasks": np.array([one, other])})[0]
+        orders = [[3], [104]], [[104], [3]], [[3], [104]]
+        first, swapped, again = (envs.reset(seed=0, options={"tasks": np.array(order)})[0] for order in orders)
         assert not np.array_equal(first[0], first[1])
         np.testing.assert_equal([swapped[::-1], again], [first, first])  # a goal is the same in whichever copy
 
@@ -586,9 +588,8 @@ def contents(folder: Path) -> list:
 class TestRuns:
     def test_a_run_folder_holds_what_others_rely_on(self, tmp_path):
         flags = [*TINY, "--env", "HalfCheetahVel", "--total-timesteps", "4000", "--eval-interval", "2"]
-        ended = subprocess.run(
-            [sys.executable, HERE / "trmrl.py", *flags], cwd=tmp_path, capture_output=True, text=True
-        )
+        command = [sys.executable, HERE / "trmrl.py", *flags]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert ended.returncode == 0 and "train_return=" in ended.stderr, ended.stderr
         (folder,) = tmp_path.glob("runs/*")
         assert "test return" in ended.stdout and "ood return" in ended.stdout and "success" not in ended.stdout
@@ -671,9 +672,8 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("dies", [False, True])  # when one is killed all end
 def test_two_processes_make_the_update_of_one(tmp_path, dies):
-    """When one is killed all end."""
     (tmp_path / "script.py").write_text(TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     flags = [*FOUR, "--env", "Mortal"]
@@ -862,7 +862,7 @@ class TestFigures:
         assert table["y"].to_numpy() == pytest.approx(file["rewards"].sum((0, 2)) / 5)
         rewards, velocities = plot.draw_online_adaptation(runs).axes
         assert rewards.lines[0].get_ydata() == pytest.approx(np.mean(file["rewards"][:, 0], axis=0))
-        assert velocities.get_title() == "HalfCheetahVel, TrMRL, seed 1: velocity (m/s)"
+        assert velocities.get_title() == "HalfCheetahVel, TrMRL, seed 1:\nvelocity (m/s)"
         assert velocities.lines[0].get_ydata() == pytest.approx(file["observations"][file["tasks"].argmin(), :, 8])
 
     def test_ablations_are_runs_that_differ_in_one_flag(self, tmp_path):

@@ -245,7 +245,7 @@ class Trial:
     transitions: Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last s is observed after the trial; 0 after a death
     log_probs: Tensor  # (T, n) of the actions taken
     values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
-    valid: Tensor  # (T, n), False from an early termination to the end of its episode
+    valid: Tensor  # (T, n), False after a death, to the end of its episode
     success: Tensor  # (T, n), 1 or 0, NaN where the environment does not say
 
     @property
