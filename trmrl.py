@@ -14,10 +14,10 @@ Sec. 3.3       T-Fixup                     t_fixup_
 Sec. 4.1       working memory φ            Agent.working_memories
 Eq. 6          episodic memories e⁰ … e^L  Agent.refine
 Sec. 5.1       memory write logic          retrieve
-Alg. 1         acting                      collect_trial
+Alg. 1, App. G acting                      collect_trial, Agent.act
 Sec. 5.1       PPO on concatenated trials  advantages_and_returns, ppo_update
 Sec. 5.2       meta-test, OOD              meta_test
-Fig. 7, App. C refinement, latents         analyse_memories
+Fig. 7, Fig. 8 refinement, latents         analyse_memories
 App. B         tasks and environments      HalfCheetahVel, AntDir, MetaWorld
 Sec. 5.1       meta-training               train
 """
@@ -89,7 +89,7 @@ class Args:
     test: str | None = None  # a run's folder: only repeat the meta-tests of its checkpoint
 
 
-# --- Agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy and value (Alg. 1) ----------
+# --- Agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy (Alg. 1), value -------------
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
     linear = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(linear.weight)
@@ -202,11 +202,11 @@ class Agent(nn.Module):
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The current memory, e⁰ (φ, positioned) to e^L (Eq. 6), each (B, d); each layer's α from it, (B, ω, N)."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
-        e = self.working_memories(windows) + self.positions  # (B, N, d)
+        e = self.working_memories(windows) + self.positions  # Alg. 1: e⁰ ← φ, with a position (Sec. 3.2): (B, N, d)
         # A PAD is never attended to. Its own row, which nothing reads, would be 0 / 0 if the mask were not finite.
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
-        for layer in self.layers:
+        for layer in self.layers:  # Alg. 1: refine episodic memories
             queries = e[:, -1:] if layer is self.layers[-1] else e  # of the last layer only the current one is read
             e, alpha = layer(queries, e, mask[:, :, -queries.shape[1] :])
             memories.append(e[:, -1])
@@ -265,15 +265,15 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
     std, state = agent.log_std.detach().exp(), None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step of acting is too small to share, and a waiting thread takes a simulator's core
-    for t in range(T):
+    for t in range(T):  # Alg. 1: while episode not done
         if t % envs.horizon == 0:
             observations, _ = envs.reset(seed=int(rng.integers(2**31)), options={"tasks": tasks})
             alive = np.ones(n, dtype=bool)
         transitions[t, :, :S] = observations  # s_next
         means[t], values[t], state = agent.act(buffer, t, state)
-        actions = means[t] + explore * std.numpy() * rng.standard_normal((n, A), dtype=np.float32)
+        actions = means[t] + explore * std.numpy() * rng.standard_normal((n, A), dtype=np.float32)  # a_t ∼ π
         clipped = actions.clip(envs.single_action_space.low, envs.single_action_space.high)
-        observations, rewards, terminated, truncated, infos = envs.step(clipped)
+        observations, rewards, terminated, truncated, infos = envs.step(clipped)  # collect (s_{t+1}, r_t, η_t)
         transitions[t, :, S : S + A] = actions  # B ← B ∪ (s, a, r, η), a before clipping
         transitions[t, :, S + A] = rewards
         transitions[t, :, S + A + 1] = (terminated | truncated) & (t < T - 1)  # at the trial's end V goes on

@@ -15,11 +15,16 @@ from exercises import blank
 
 CHECKS = {  # an exercise's number: the tests that its command runs
     1: ["TestAgent.test_positions_are_vaswanis"],
-    2: ["TestAgent.test_layer_is_eq_1"],
+    2: [
+        "TestAgent.test_layer_is_eq_1",
+        "TestAgent.test_the_layer_norm_arm_is_torchs_transformer_encoder",
+        "TestPPO.test_the_update_is_ppos",
+    ],
     3: [
         "TestTrial.test_windows_follow_algorithm_1",
         "TestTrial.test_acting_follows_algorithm_1",
         "TestMetaTests.test_refinement_against_scalar_loops",
+        "TestPPO.test_the_update_is_ppos",
     ],
     4: ["TestAgent.test_t_fixup_scales"],
     5: ["TestPPO.test_advantages_are_the_double_sum_over_the_trial"],
@@ -47,6 +52,11 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "softmax over the queries": (2, "+ mask).softmax(3)", "+ mask).softmax(2)"),
     "no residual connection": (2, "(queries + self.output(h))", "(self.output(h))"),
     "keys for values": (2, "V = self.value(memories)", "V = self.key(memories)"),
+    "the first window's mask for all": (2, "+ mask).softmax(3)", "+ mask[:1]).softmax(3)"),
+    "the norms' places swapped": (2, "x = self.attention_norm(", "x = self.feed_forward_norm("),
+    "attention not trained": (2, "(alpha @ V)", "(alpha.detach() @ V)"),
+    "two episodes at most": (3, "(t // horizon * horizon)", "((t >= horizon) * horizon)"),
+    "layers not trained": (3, "memories.append(e[:, -1])", "memories.append(e[:, -1].detach())"),
     "no causal mask": (3, "self.causal & filled[:, None]", "filled[:, None] & (self.causal | True)"),
     "PADs attended to": (3, "self.causal & filled[:, None]", "self.causal & (filled[:, None] | True)"),
     "window one short": (3, "steps >= start[:, None]", "steps >= torch.maximum(start, t + 2 - N)[:, None]"),
@@ -60,6 +70,7 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "queries scaled too": (4, "in (layer.value, layer.output,", "in (layer.query, layer.value, layer.output,"),
     "values not scaled": (4, "in (layer.value, layer.output,", "in (layer.output,"),
     "embedding not scaled": (4, "phi.weight *= (9 * L) ** -0.25", "pass"),
+    "a bias drawn": (4, "phi.weight *= (9 * L) ** -0.25", "phi.weight *= (9 * L) ** -0.25; phi.bias.normal_()"),
     "another power of L": (4, "0.67 * L**-0.25", "0.67 * L**-0.5"),
     "cut at the episode's end": (5, "lambda * advantage\n", "lambda * advantage * (1 - trial.transitions[t, :, 3])\n"),
     "no bootstrap": (5, "next_value, advantage = trial.values[-1], 0.0", "next_value, advantage = 0.0, 0.0"),
@@ -71,6 +82,8 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "pessimism turned round": (6, "torch.minimum(ratio * adv", "torch.maximum(ratio * adv"),
     "always clipped": (6, "torch.minimum(ratio * advantages, clipped * advantages)", "clipped * advantages"),
     "clipped above only": (6, "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(max=1 + clip_coef)"),
+    "another limit": (6, "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(0.8, 1.2)"),
+    "half of the gradient": (6, "ratio.clamp(1 - clip", "ratio.detach().clamp(1 - clip"),
     "log π of the clipped action": (7, "(buffer[:-1, :, S : S + A])", "(buffer[:-1, :, S : S + A].clip(-1, 1))"),
     "clipped action remembered": (7, "S : S + A] = actions", "S : S + A] = clipped"),
     "η never set": (7, "= (terminated | truncated) & (t < T - 1)", "= 0"),
@@ -132,7 +145,7 @@ def test_a_check_fails_on_the_blank(number, monkeypatch, tmp_path):
 def test_a_check_catches_the_mistake(mistake, monkeypatch, tmp_path):
     number, right, wrong = MISTAKES[mistake]
     assert SOURCE.count(right) == 1 and right not in blank.blank(SOURCE, blank.EXERCISES[number])
-    with pytest.raises((AssertionError, ValueError)):  # torch's own for a NaN
+    with pytest.raises((AssertionError, ValueError, AttributeError)):  # a NaN; a gradient that is None
         run_check(number, SOURCE.replace(right, wrong), monkeypatch, tmp_path)
 
 
