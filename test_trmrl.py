@@ -127,8 +127,8 @@ def slow_layer(layer, memories):
             query = layer.query(memories[t])[part]
             weights = torch.stack([(query @ layer.key(memories[i])[part] / math.sqrt(d)).exp() for i in range(t + 1)])
             values = torch.stack([layer.value(memories[i])[part] for i in range(t + 1)])
-            alpha[head, t, : t + 1] = weights / weights.sum()
-            heads.append((weights[:, None] * values).sum(0) / weights.sum())
+            alpha[head, t, : t + 1] = weights = weights / weights.sum()
+            heads.append((weights[:, None] * values).sum(0))
         x = layer.attention_norm(memories[t] + layer.output(torch.cat(heads)))
         hidden = layer.feed_forward_in(x)
         refined.append(layer.feed_forward_norm(x + layer.feed_forward_out(hidden * (hidden > 0))))
