@@ -15,18 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CHEETAH, KEPT, REACH, ROOT, draw, name_of, probe, write_tables
+from claims import CHEETAH, KEPT, LIMIT_3, LIMIT_10, REACH, ROOT, draw, name_of, probe, write_tables
 from tqdm import tqdm
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 RL2, THREE, FIVE = "baselines/rl2.py", (13, 14, 15), range(13, 18)  # README.md says which chose a default
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *((script, "HalfCheetahVel", FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # Figs. 4 to 9
-    ("trmrl.py", "ML1-Reach", THREE, 2.2),
-    *(("trmrl.py", env, range(16, 19), 1.4) for env in ("AntDir", "ML1-Push")),  # 13 to 15 ran at older defaults
-    ("trmrl.py", "ML45-Train", (15,), 2.4),  # so did 13 and 14
+    *(("trmrl.py", env, range(16, 19), 1.4) for env in ("AntDir", "ML1-Push")),  # 13 to 15 ran at older defaults,
+    *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),  # ML45: 13, 14
     *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", range(16, 19), 1.0), ("ML1-Reach", THREE, 2.0))),
-    ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
+    (RL2, LIMIT_3, FIVE, 0.5),  # C3
+    *(("trmrl.py", flags, THREE, 0.4) for flags in (LIMIT_10, "HalfCheetahVel --no-t-fixup")),  # C3, Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
@@ -39,7 +39,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
 
 
 def make(script: str, flags: str, seed: int) -> None:
-    """Trains, or goes on, and keeps the run; at the defaults it is tested on 100 tasks, or all that MetaWorld has."""
+    """Trains, or goes on, and keeps the run; ablations aside it is tested on 100 tasks, or all that MetaWorld has."""
     name = name_of(script, flags, seed)
     home = ROOT / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
@@ -56,14 +56,14 @@ def make(script: str, flags: str, seed: int) -> None:
         (home / "commit.txt").write_bytes(commit.stdout)
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
-    if "--" not in flags and flags != "ML45-Train":
+    if not re.search("total|fixup|ML45", flags):
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
     keep(run, KEPT / name)
 
 
 def keep(run: Path, kept: Path) -> None:
-    """Copies what figures and tables read, meta-tests at the defaults alone; refinement.npz last: then it is kept."""
-    default, first = not re.search("total|fixup", kept.name), kept.name.endswith("s13")
+    """Copies what figures and tables read, meta-tests but for ablations; refinement.npz last: then it is kept."""
+    tested, first = not re.search("total|fixup", kept.name), kept.name == "trmrl-HalfCheetahVel-s13"
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
     args = json.loads((run / "args.json").read_text())
@@ -71,16 +71,16 @@ def keep(run: Path, kept: Path) -> None:
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     if kept.name.startswith("trmrl-HalfCheetahVel-s"):
         np.savez_compressed(kept / "probe.npz", **probe(run))
-    if kept.name == "trmrl-HalfCheetahVel-s13":
+    if first:
         for file in (run / "checkpoint.pt", kept / "args.json", kept / "progress.csv"):
             shutil.copy(file, KEPT.parent / "checkpoint")
-    for file in ["meta_test", "ood"] * default + ["working_memories", "attention"] * first + ["refinement"]:
+    for file in ["meta_test", "ood"] * tested + ["working_memories", "attention"] * first + ["refinement"]:
         if (run / f"{file}.npz").exists():
             arrays = dict(np.load(run / f"{file}.npz"))
-            for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
-                arrays[name] = arrays[name].round(2)
             if not first:
                 arrays.pop("observations", None)
+            for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
+                arrays[name] = arrays[name].round(2)
             np.savez_compressed(kept / f"{file}.npz", **arrays)
 
 
