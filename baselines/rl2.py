@@ -22,7 +22,6 @@ import trmrl  # noqa: E402 (it is in the folder above)
 class Args(trmrl.Args):
     """RL²: meta-train on a distribution of tasks, then meta-test with frozen weights."""
 
-    input_limit: float = 10.0  # normalised inputs are kept within ± this many standard deviations
     learning_rate: float = 1e-3  # of Adam
     update_epochs: int = 6  # passes over an iteration's trials, at most
     minibatch_size: int = 800  # steps a gradient, drawn from all trials, each of which it runs through from the start

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CHEETAH, KEPT, LIMIT_3, LIMIT_10, REACH, ROOT, draw, name_of, probe, write_tables
+from claims import CHEETAH, KEPT, LIMIT_10, REACH, ROOT, draw, name_of, probe, write_tables
 from tqdm import tqdm
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
@@ -25,8 +25,8 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *(("trmrl.py", env, range(16, 19), 1.4) for env in ("AntDir", "ML1-Push")),  # 13 to 15 ran at older defaults,
     *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),  # ML45: 13, 14
     *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", range(16, 19), 1.0), ("ML1-Reach", THREE, 2.0))),
-    (RL2, LIMIT_3, FIVE, 0.5),  # C3
-    *(("trmrl.py", flags, THREE, 0.4) for flags in (LIMIT_10, "HalfCheetahVel --no-t-fixup")),  # C3, Fig. 10
+    *((script, "HalfCheetahVel" + LIMIT_10, FIVE, hours) for script, hours in (("trmrl.py", 0.4), (RL2, 0.8))),  # C3
+    ("trmrl.py", "HalfCheetahVel --no-t-fixup", THREE, 0.4),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
