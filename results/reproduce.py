@@ -63,7 +63,7 @@ def make(script: str, flags: str, seed: int) -> None:
 
 def keep(run: Path, kept: Path) -> None:
     """Copies what figures and tables read, meta-tests but for ablations; refinement.npz last: then it is kept."""
-    tested, first = not re.search("total|fixup", kept.name), kept.name == "trmrl-HalfCheetahVel-s13"
+    tested, shown = not re.search("total|fixup", kept.name), kept.name == "trmrl-HalfCheetahVel-s13"
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
     args = json.loads((run / "args.json").read_text())
@@ -71,13 +71,13 @@ def keep(run: Path, kept: Path) -> None:
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     if kept.name.startswith("trmrl-HalfCheetahVel-s"):
         np.savez_compressed(kept / "probe.npz", **probe(run))
-    if first:
+    if shown:
         for file in (run / "checkpoint.pt", kept / "args.json", kept / "progress.csv"):
             shutil.copy(file, KEPT.parent / "checkpoint")
-    for file in ["meta_test", "ood"] * tested + ["working_memories", "attention"] * first + ["refinement"]:
+    for file in ["meta_test", "ood"] * tested + ["working_memories", "attention"] * shown + ["refinement"]:
         if (run / f"{file}.npz").exists():
             arrays = dict(np.load(run / f"{file}.npz"))
-            if not first:
+            if not shown:
                 arrays.pop("observations", None)
             for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
                 arrays[name] = arrays[name].round(2)
