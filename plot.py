@@ -189,7 +189,7 @@ def draw_working_memories(runs: list[Run]) -> plt.Figure:
     dots = axes.scatter(*components[:3] @ centred.T, c=memories["task"], cmap="viridis", s=4, linewidth=0)
     axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title())
     axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
-    figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.15)
+    figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.2)
     return figure
 
 

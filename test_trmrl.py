@@ -703,6 +703,7 @@ class TestMistakes:
         "flags, named",
         [
             ("--env HalfCheetahVel2", "--env HalfCheetahVel2: takes one of HalfCheetahVel"),
+            ("--env Antdir --help", "--env Antdir: takes one of HalfCheetahVel"),
             ("--heads 3 --d-model 8", "--heads 3: takes a divisor of --d-model 8"),
             ("--layers 0", "--layers 0: takes a number from 1"),
             ("--gamma 1.5", "--gamma 1.5: takes a number from 0 to 1"),

@@ -9,7 +9,7 @@ episodes of one task, concatenated. At meta-test the weights are frozen; adaptin
     python trmrl.py --test runs/<name>                  the meta-tests alone
 
 Paper                                      Here, in this order
-Eq. 1, Eq. 4   self-attention              TransformerLayer
+Eq. 1, 3 to 5  self-attention              TransformerLayer
 Sec. 3.3       T-Fixup                     t_fixup_
 Sec. 4.1       working memory φ            Agent.working_memories
 Eq. 6          episodic memories e⁰ … e^L  Agent.refine
@@ -110,7 +110,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
     def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple:
-        """Refines queries (B, C, d), the last C of memories (B, N, d); returns them and α (B, ω, C, N) of Eq. 4.
+        """Refines queries (B, C, d), the last C of memories (B, N, d), all or one; and returns α (B, ω, C, N) of Eq. 4.
         mask (B, 1, C, N) is M of Eq. 1, in logarithms: 0 where a query may attend, else a very negative number."""
         split = (self.heads, -1)
         Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, C, d/ω)
@@ -118,7 +118,7 @@ class TransformerLayer(nn.Module):
         V = self.value(memories).unflatten(2, split).transpose(1, 2)
         # Eq. 1, with the d of one head. Eq. 5 has a second 1/√d, outside of the softmax; the authors' code has not.
         alpha = (Q @ K.transpose(2, 3) / math.sqrt(Q.shape[3]) + mask).softmax(3)
-        h = (alpha @ V).transpose(1, 2).flatten(2)  # Concat(h_1 … h_ω): (B, C, d)
+        h = (alpha @ V).transpose(1, 2).flatten(2)  # μ of Eq. 3 and 5 by head; Concat(h_1 … h_ω): (B, C, d)
         x = self.attention_norm(queries + self.output(h))
         return self.feed_forward_norm(x + self.feed_forward_out(F.relu(self.feed_forward_in(x)))), alpha
 
@@ -179,8 +179,8 @@ class Agent(nn.Module):
         self.register_buffer("return_std", torch.ones(()))  # and its 1
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        """Features with mean 0 and deviation 1 over what training has seen, or less: none is more than doubled, or else
-        an object's place, a matter of centimetres, would tell each training goal. Never beyond ± input_limit."""
+        """Features with mean 0 and deviation 1 over what training has seen, never beyond ± input_limit. A deviation
+        below 0.5 counts as 0.5, or else an object's place, a matter of centimetres, would tell each training goal."""
         mean, std = mean_and_std(self.sums)
         return ((transitions - mean) / std.clamp(min=0.5)).clamp(-self.input_limit, self.input_limit)
 
@@ -196,7 +196,7 @@ class Agent(nn.Module):
     def working_memories(self, windows: Tensor) -> Tensor:
         """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
-        x[:, -1, self.num_observations :] = 0  # Alg. 1: the current (a, r, η) are PADs, though training knows them
+        x[:, -1, self.num_observations :] = 0  # Alg. 1: (a, r, η) are PADs, 0 once normalised; training knows them
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -242,7 +242,7 @@ def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int)
 class Trial:
     """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. A transition is stored once."""
 
-    transitions: Tensor  # (T + 1, n, S + A + 2): (s, a, r, η); the last s is observed after the trial; 0 after a death
+    transitions: Tensor  # (T + 1, n, S + A + 2): (s, a, r, η), s and r 0 after a death; at T the s after the trial
     log_probs: Tensor  # (T, n) of the actions taken
     values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
     valid: Tensor  # (T, n), False after a death, to the end of its episode
@@ -258,7 +258,7 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
     Raises RunFailed if the simulator or the policy gives a NaN or an infinity."""
     n, S, A = len(tasks), envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     T = E * envs.horizon
-    transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1
+    transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1; its PADs are in retrieve
     means, values = np.zeros((T, n, A), dtype=np.float32), np.zeros((T + 1, n), dtype=np.float32)
     valid, success = np.zeros((T, n), dtype=bool), np.zeros((T, n), dtype=np.float32)
     buffer = torch.from_numpy(transitions)  # the same numbers, as torch sees them
@@ -530,7 +530,7 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
     "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
     "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
 }
-DEFAULTS: dict[str, dict] = {  # where they differ from Args, chosen on HalfCheetahVel; why: results/README.md
+DEFAULTS: dict[str, dict] = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
     "AntDir": dict(num_tasks=10, update_epochs=6, target_kl=None),
     "AntDir57": dict(num_tasks=10, update_epochs=6, target_kl=None),
     "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
@@ -636,9 +636,9 @@ def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, d
             raise UserError(f"--resume, --test: take a run's folder; {run} has no checkpoint.pt to be read") from None
         if checkpoint["args"]["method"] != method:
             raise UserError(f"--resume, --test: {run} is a run of {checkpoint['args']['method']}, not of {method}")
+    if unknown := {args.env, values["env"]} - set(ENVS):
+        raise UserError(f"--env {unknown.pop()}: takes one of {', '.join(ENVS)}")
     args = tyro.cli(args_class, args=argv, default=args_class(**values))
-    if args.env not in ENVS:
-        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
     limits = {"seed": (0, 2**32), "gamma": (0, 1), "gae_lambda": (0, 1)}  # of others: 1 of whole numbers, else above 0
     for name, value in vars(args).items():
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
