@@ -337,4 +337,4 @@ def draw(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("fi
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(draw))
+    sys.exit(tyro.cli(draw, description=__doc__))
