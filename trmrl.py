@@ -276,7 +276,7 @@ def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng:
         observations, rewards, terminated, truncated, infos = envs.step(clipped)  # collect (s_{t+1}, r_t, η_t)
         transitions[t, :, S : S + A] = actions  # B ← B ∪ (s, a, r, η), a before clipping
         transitions[t, :, S + A] = rewards
-        transitions[t, :, S + A + 1] = (terminated | truncated) & (t < T - 1)  # at the trial's end V goes on
+        transitions[t, :, S + A + 1] = (terminated | truncated) & (t < T - 1)  # not at the trial's end: V looks past it
         valid[t], success[t] = alive, infos["success"]
         alive = alive & ~terminated
         observations[~alive] = 0.0  # till the episode's end
