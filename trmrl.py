@@ -110,7 +110,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
     def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple:
-        """Refines queries (B, C, d), the last C of memories (B, N, d), all or one; and returns α (B, ω, C, N) of Eq. 4.
+        """Refines queries (B, C, d), the last C of memories (B, N, d); returns them and α (B, ω, C, N) of Eq. 4.
         mask (B, 1, C, N) is M of Eq. 1, in logarithms: 0 where a query may attend, else a very negative number."""
         split = (self.heads, -1)
         Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, C, d/ω)
