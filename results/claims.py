@@ -470,7 +470,7 @@ def hours_table() -> str:
         ("Figs. 4 to 9, HalfCheetahVel", "[a-z0-9]+-HalfCheetahVel-s"), ("AntDir", ".*AntDir"),
         ("ML1-Reach", ".*ML1-Reach-(s|input)"), ("ML1-Push", ".*ML1-Push"), ("ML45-Train", ".*ML45"),
         ("C3, inputs within ±10", ".*Cheetah.*input"), ("Fig. 10", ".*fixup"), ("Fig. 11", ".*memory"),
-        ("Fig. 12", ".*layers"), ("Fig. 13", ".*heads"), ("what Figs. 11 to 13 share", ".*00-s"), ("all", ""),
+        ("Fig. 12", ".*layers"), ("Fig. 13", ".*heads"), ("what Figs. 10 to 13 share", ".*00-s"), ("all", ""),
     ):  # fmt: skip
         runs = [Run(path) for path in KEPT.iterdir() if re.match(pattern, path.name)]
         if runs:
