@@ -223,10 +223,11 @@ def c7_cheetah() -> tuple[str, str]:
 
 def c7_reach() -> tuple[str, str]:
     """No effect: confirmed if the area's interval lies within ± 0.1, refuted if it leaves out 0."""
-    area = compare(REACH, REACH + " --no-t-fixup")
+    arguments = REACH, REACH + " --no-t-fixup"
+    area = compare(*arguments)
     verdict = "refuted" if area.low > 0 or area.high < 0 else "not decided"
     verdict = "confirmed" if area.low > -0.1 and area.high < 0.1 else verdict
-    return f"success, T-Fixup minus Xavier with LayerNorm: area {area}", verdict
+    return f"T-Fixup minus Xavier with LayerNorm: area {area}, final {compare(*arguments, Run.final)}", verdict
 
 
 def better(flags: str, other: str, what: str) -> tuple[str, str]:
