@@ -284,7 +284,7 @@ def c11(env: str) -> tuple[str, str]:
 def c11_better(env: str) -> tuple[str, str]:
     """Confirmed if one interval lies above 0, refuted if both lie below a tenth of what RL² gained by training.
 
-    Of RL²'s two input limits: confirmed if it is against both, refuted if it is against one."""
+    RL² has two input limits: confirmed if it is so against both, refuted if against one."""
     ours, texts, verdicts = load(env), [], set()
     for limit in ("", LIMIT_10):
         theirs = load(env + limit, "rl2")
@@ -292,8 +292,9 @@ def c11_better(env: str) -> tuple[str, str]:
         verdict = "refuted" if max(test.high, area.high) < 0.1 * gained(theirs) else "not decided"
         verdicts.add("confirmed" if max(test.low, area.low) > 0 else verdict)
         texts.append(f"{'within ±10' if limit else 'TrMRL minus RL²'}: {test}, area under the curve {area}")
-    verdict = "confirmed" if verdicts == {"confirmed"} else "not decided"
-    return "; ".join(texts), "refuted" if "refuted" in verdicts else verdict
+    if "refuted" in verdicts:
+        return "; ".join(texts), "refuted"
+    return "; ".join(texts), "confirmed" if verdicts == {"confirmed"} else "not decided"
 
 
 def solved() -> tuple[str, str]:
