@@ -1,20 +1,21 @@
 """TrMRL in one file: "Transformers are Meta-Reinforcement Learners" (Melo, ICML 2022).
 
-At each step the agent embeds its last N transitions (s, a, r, η) as working memories, a causal transformer refines them
+At each step the agent embeds its last N transitions (s, a, r, η) as working memories. A causal transformer refines them
 layer by layer into an episodic memory, and the last one conditions a Gaussian policy. PPO trains it on trials: E
-episodes of one task, concatenated. At meta-test the weights are frozen; adapting is attention alone.
+episodes of one task, concatenated. At meta-test the weights are frozen: the agent adapts by attention alone.
 
     python trmrl.py --env HalfCheetahVel --layers 4     train, meta-test, write runs/<name>/
+    python trmrl.py --env PointMass                     the same on a small example, within a minute
     python trmrl.py --resume runs/<name>                go on from the last checkpoint
-    python trmrl.py --test runs/<name>                  the meta-tests alone
+    python trmrl.py --test runs/<name>                  run the meta-tests alone
 
 Paper                                      Here, in this order
 Eq. 1, 3 to 5  self-attention              TransformerLayer
 Sec. 3.3       T-Fixup                     t_fixup_
+Sec. 5.1       memory write logic          retrieve
 Sec. 4.1       working memory φ            Agent.working_memories
 Eq. 6          episodic memories e⁰ … e^L  Agent.refine
-Sec. 5.1       memory write logic          retrieve
-Alg. 1, App. G acting                      collect_trial, Agent.act
+Alg. 1, App. G acting                      Agent.act, collect_trial
 Sec. 5.1       PPO on concatenated trials  advantages_and_returns, ppo_update
 Sec. 5.2       meta-test, OOD              meta_test
 Fig. 7, Fig. 8 refinement, latents         analyse_memories
@@ -22,74 +23,93 @@ App. B         tasks and environments      HalfCheetahVel, AntDir, MetaWorld
 Sec. 5.1       meta-training               train
 """
 
-import contextlib
 import functools
+import inspect
+import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import pickle
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, make_dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import gymnasium
-import metaworld
 import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.envs.mujoco.ant_v5 import AntEnv
+from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from numpy.random import Generator
 from torch import Tensor, distributed, nn
 from torch.distributions import Normal
 from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
 class Args:
     """TrMRL: meta-train on a distribution of tasks, then meta-test with frozen weights."""
 
-    env: str = "HalfCheetahVel"  # tasks (App. B): HalfCheetahVel, AntDir, AntDir57, ML1-Reach, ML1-Push or ML45-Train
-    seed: int = 1  # everything random follows from it: tasks, weights, exploration
-    total_timesteps: int = 4_000_000  # environment steps of meta-training, rounded up to whole iterations
-    num_tasks: int = 20  # tasks a batch; each gives one trial an iteration (Sec. 5.1)
+    # task
+    env: str = "HalfCheetahVel"  # HalfCheetahVel, AntDir, AntDir57, ML1-Reach, ML1-Push, ML45-Train or PointMass
+    num_tasks: int = 20  # tasks of an iteration; each gives one trial (Sec. 5.1)
     episodes_per_trial: int = 2  # E, the episodes of one task that are concatenated (Sec. 5.1)
-    memory_length: int = 5  # N, the working memories in sight, the current one included (Sec. 4.1)
-    layers: int = 4  # L, the transformer layers, each refining the episodic memory once (Eq. 6)
+    # model
+    memory_length: int = 5  # N, the number of working memories, the current one included (Sec. 4.1)
+    layers: int = 4  # L, the transformer layers, each of which refines the episodic memory once (Eq. 6)
     heads: int = 4  # ω, the attention heads (Eq. 1); a divisor of d_model
     d_model: int = 32  # d, the size of a memory
     t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
-    init_std: float = 0.3  # initial standard deviation of the Gaussian policy, and its largest; it is learned
-    input_limit: float = 3.0  # normalised inputs are kept within ± this many standard deviations
-    learning_rate: float = 5e-4  # of Adam
-    anneal: bool = True  # lower the learning rate linearly to 0, and the policy's largest deviation as its root
+    init_std: float = 0.3  # initial std of the policy (learned, never above this)
+    input_limit: float = 3.0  # normalised inputs are clipped to ± this many standard deviations
+    min_input_std: float = 0.5  # an input that varies less is divided by this instead of its own std
+    # ppo
+    total_timesteps: int = 4_000_000  # environment steps of meta-training, rounded up to whole iterations
+    learning_rate: float = 5e-4  # Adam's learning rate
+    anneal: bool = True  # lower the learning rate linearly to 0, and the bound on the policy's std with its square root
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
-    clip_coef: float = 0.2  # PPO's clipping range of the probability ratio
-    update_epochs: int = 3  # passes over an iteration's trials, at most
-    minibatch_size: int = 200  # steps a gradient, drawn from all tasks
-    target_kl: float | None = 0.04  # ends an update once the mean approx_kl of its minibatches exceeds it
-    max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    eval_interval: int = 10  # iterations between two evaluations on test and OOD tasks, one episode each
+    clip_coef: float = 0.2  # the probability ratio is clipped to 1 ± this
+    update_epochs: int = 3  # an update passes over the iteration's trials at most this many times
+    minibatch_size: int = 200  # steps of a minibatch, drawn from all tasks
+    target_kl: float | None = 0.04  # an update ends once the mean approx_kl of its last 40 minibatches is above this
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm if it is larger
+    # evaluation
+    eval_interval: int = 10  # iterations from one evaluation on test and OOD tasks to the next
     test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again
-    test_episodes: int = 6  # episodes a task in the meta-test (Fig. 5); the refinement analysis takes half of them
-    runs_dir: str = "runs"  # where the run's folder is made
+    test_episodes: int = 6  # episodes of each task in a meta-test (Fig. 5); the refinement analysis takes half of them
+    # run
+    seed: int = 1  # fixes all that is random: tasks, initial weights, exploration
+    runs_dir: str = "runs"  # the folder in which the run's own folder is made
     device: str = "cpu"  # where the network is trained, as torch names it; it always acts on the CPU
-    resume: str | None = None  # a run's folder: go on from its checkpoint; other flags replace the run's own
-    test: str | None = None  # a run's folder: only repeat the meta-tests of its checkpoint
+    resume: str | None = None  # a run's folder: go on from its checkpoint
+    test: str | None = None  # a run's folder: repeat its meta-tests; another --seed gives other tasks
 
 
-# --- Agent: working memory (Sec. 4.1), transformer (Sec. 3.2), T-Fixup (Sec. 3.3), policy (Alg. 1), value -------------
+class UserError(Exception):
+    """A mistake in what the user asked for: one line, exit code 2."""
+
+
+class RunFailed(Exception):
+    """The simulator, the loss, the disk or another process failed and the run cannot go on: one line, exit code 1."""
+
+
+# --- The transformer (Sec. 3.2) and its initialisation (Sec. 3.3) -----------------------------------------------------
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
     linear = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(linear.weight)
@@ -109,24 +129,27 @@ class TransformerLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
-    def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple:
-        """Refines queries (B, C, d), the last C of memories (B, N, d); returns them and α (B, ω, C, N) of Eq. 4.
-        mask (B, 1, C, N) is M of Eq. 1, in logarithms: 0 where a query may attend, else a very negative number."""
+    def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Refines queries (B, C, d), the last C of memories (B, N, d). Returns them and α of Eq. 4, (B, ω, C, N).
+
+        mask (B, 1, C, N) is added where Eq. 1 multiplies by M: 0 where a query may attend, else a large negative number.
+        """
         split = (self.heads, -1)
         Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, C, d/ω)
         K = self.key(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
-        V = self.value(memories).unflatten(2, split).transpose(1, 2)
+        V = self.value(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
         # Eq. 1, with the d of one head. Eq. 5 has a second 1/√d, outside of the softmax; the authors' code has not.
         alpha = (Q @ K.transpose(2, 3) / math.sqrt(Q.shape[3]) + mask).softmax(3)
-        h = (alpha @ V).transpose(1, 2).flatten(2)  # μ of Eq. 3 and 5 by head; Concat(h_1 … h_ω): (B, C, d)
+        h = (alpha @ V).transpose(1, 2).flatten(2)  # Concat(h_1, …, h_ω), each the μ of Eq. 3 and 5: (B, C, d)
         x = self.attention_norm(queries + self.output(h))
         return self.feed_forward_norm(x + self.feed_forward_out(F.relu(self.feed_forward_in(x)))), alpha
 
 
 @torch.no_grad()
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
-    """T-Fixup (Sec. 3.3), in place, on layers that are Xavier already. N in the paper's 0.67 N^(-1/4) is L, the layers.
-    As in Huang et al. (2020), not the paper, queries and keys stay Xavier, and the embedding is × (9 L)^(-1/4)."""
+    """T-Fixup (Sec. 3.3), in place, on layers that are Xavier already. The N of the paper's 0.67 N^(-1/4) is L here.
+
+    As in Huang et al. (2020) and unlike the paper, queries and keys stay Xavier and the embedding is × (9 L)^(-1/4)."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
     phi.weight *= (9 * L) ** -0.25
@@ -136,74 +159,129 @@ def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """Positional encoding (length, d) of Vaswani et al. (2017), Sec. 3.5."""
+    """The positional encoding (length, d) of Vaswani et al. (2017), Sec. 3.5."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(0, d_model, 2) / d_model)
     angles = torch.arange(length)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model]
 
 
-def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, at least 0.01, from the sums (3, ...) of 1, x and x²."""
-    mean, square = sums[1:] / sums[0]
-    return mean.float(), (square - mean**2).clamp(min=1e-4).sqrt().float()
+# --- A trial: E episodes of one task, and the memories that the agent retrieves from it (Sec. 5.1, Alg. 1) ------------
+def named(transitions, num_observations: int) -> tuple:
+    """s (…, S), a (…, A), r (…) and η (…) of transitions (…, S + A + 2), as views: writing to them writes there."""
+    S = num_observations
+    return transitions[..., :S], transitions[..., S:-2], transitions[..., -2], transitions[..., -1]
 
 
+@dataclass
+class Trial:
+    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps.
+
+    A task that died rests till its episode ends: those steps are not valid, and their s, a, r and η are 0."""
+
+    transitions: Tensor  # (T + 1, n, S + A + 2), rows (s, a, r, η); the last has the s after the trial, and zeros
+    a: Tensor  # (T, n, A)
+    r: Tensor  # (T, n)
+    log_probs: Tensor  # (T, n), log π(a | s, memory) when a was drawn
+    values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
+    valid: Tensor  # (T, n), whether the step was lived
+    success: Tensor  # (T, n), 1 or 0, NaN where the environment does not say
+
+
+def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """D of Alg. 1: the N - 1 most recent transitions of the episode, then the current one. An episode starts without.
+
+    t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2); t = T counts to the last episode. Returns
+    windows (B, N, S + A + 2) and filled (B, N), which is False at the PADs in front."""
+    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)
+    steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
+    return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
+
+
+# --- The agent: working memory (Sec. 4.1), refinement (Eq. 6), policy and value (Alg. 1) ------------------------------
 class Agent(nn.Module):
     """φ, the transformer over the last N working memories, a Gaussian policy and a value on the last episodic memory.
 
-    A transition is a row (s, a, r, η) of S + A + 2 numbers. A trial's transitions are (T + 1, n, S + A + 2), one row a
-    step and task; the last holds the observation after the trial. t (B,) and task (B,) pick steps of it."""
+    Shapes, with HalfCheetahVel's numbers: B = 200 steps in a minibatch (20 tasks when acting), N = 5 memories of d = 32
+    numbers, S = 17 observations, A = 6 actions, T = 2 · 200 steps of n = 20 tasks. No keys or values are kept from step
+    to step, as language models do: a memory's position is its place in the window, which changes at each step.
 
-    method = "TrMRL"  # as args.json and the figures call it
+    Another method is a subclass (baselines/) that overrides build, and what else differs of the methods below."""
 
-    def __init__(self, envs: VectorEnv, args: Args):
+    method = "TrMRL"  # its name in args.json and in figures
+    evaluation_episodes = 1  # an evaluation during training has this many episodes, and the last one counts
+
+    def __init__(self, env: gymnasium.Env, args: Args):
         super().__init__()
-        S, A = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-        self.num_observations, self.horizon = S, envs.horizon
-        self.memory_length, self.input_limit = args.memory_length, args.input_limit
-        self.phi = nn.Linear(S + A + 2, args.d_model)
+        self.num_observations, self.num_actions = env.observation_space.shape[0], env.action_space.shape[0]
+        self.horizon, self.input_limit, self.min_input_std = env.horizon, args.input_limit, args.min_input_std
+        inputs = self.num_observations + self.num_actions + 2
+        # Moments of all transitions so far. They start as if there had been a single one, with mean 0 and variance 1.
+        self.register_buffer("input_count", torch.ones(()))
+        self.register_buffer("input_mean", torch.zeros(inputs))
+        self.register_buffer("input_var", torch.ones(inputs))
+        self.build(args)
+
+    def build(self, args: Args) -> None:
+        """Makes the network."""
+        self.memory_length = args.memory_length
+        self.phi = nn.Linear(len(self.input_mean), args.d_model)
         nn.init.zeros_(self.phi.bias)
         layers = (TransformerLayer(args.d_model, args.heads, layer_norm=not args.t_fixup) for _ in range(args.layers))
         self.layers = nn.ModuleList(layers)
         if args.t_fixup:
             t_fixup_(self.phi, self.layers)
-        self.policy = xavier_linear(args.d_model, A)
-        nn.init.orthogonal_(self.policy.weight, 0.01)  # start by exploring around zero
-        self.log_std = nn.Parameter(torch.full((A,), math.log(args.init_std)))
+        self.policy = xavier_linear(args.d_model, self.num_actions)
+        nn.init.orthogonal_(self.policy.weight, 0.01)  # so that exploration starts around zero
+        self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(args.init_std)))
         self.value = xavier_linear(args.d_model, 1)
+        self.register_buffer("return_mean", torch.zeros(()))  # the return that the value head's output 0 stands for
+        self.register_buffer("return_std", torch.ones(()))  # how much return an output of 1 adds to that
         self.register_buffer("positions", sinusoidal_positions(args.memory_length, args.d_model))
         self.register_buffer("causal", torch.ones(args.memory_length, args.memory_length, dtype=torch.bool).tril())
-        # Sums of 1, x and x² over all transitions so far; they start as those of a single one, of mean 0 and square 1.
-        self.register_buffer("sums", torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64).repeat(1, S + A + 2))
-        self.register_buffer("return_mean", torch.zeros(()))  # what the value head's 0 stands for,
-        self.register_buffer("return_std", torch.ones(()))  # and its 1
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        """Features with mean 0 and deviation 1 over what training has seen, never beyond ± input_limit. A deviation
-        below 0.5 counts as 0.5, or else an object's place, a matter of centimetres, would tell each training goal."""
-        mean, std = mean_and_std(self.sums)
-        return ((transitions - mean) / std.clamp(min=0.5)).clamp(-self.input_limit, self.input_limit)
+        """Inputs with mean 0 and std 1 over all that training has seen, clipped to ± input_limit.
+
+        A std below min_input_std counts as min_input_std. Else MetaWorld's objects, whose places differ by centimetres
+        from goal to goal, would be as loud as all other inputs, and the agent would learn the training goals by heart.
+        """
+        std = self.input_var.sqrt().clamp(min=self.min_input_std)
+        return ((transitions - self.input_mean) / std).clamp(-self.input_limit, self.input_limit)
+
+    @torch.no_grad()
+    def count_inputs(self, transitions: Tensor) -> None:
+        """Adds transitions (…, S + A + 2) to the moments (Chan et al. 1979)."""
+        share = len(transitions) / (self.input_count + len(transitions))
+        difference = transitions.mean(0) - self.input_mean
+        self.input_var += share * (transitions.var(0, correction=0) - self.input_var + (1 - share) * difference**2)
+        self.input_mean += share * difference
+        self.input_count += len(transitions)
 
     @torch.no_grad()
     def rescale_value(self, mean: Tensor, std: Tensor) -> None:
-        """Makes these returns' mean and deviation the value head's 0 and 1; what it predicts stays (PopArt, van Hasselt
-        et al. 2016). Without it the head first has to climb to the returns' size, and learning waits for it."""
+        """Makes these returns' mean and std the value head's 0 and 1, without changing what it predicts (PopArt, van
+        Hasselt et al. 2016). Else the head would first have to grow to the size of the returns, and learning would wait.
+        """
         self.value.weight *= self.return_std / std
         self.value.bias.copy_((self.value.bias * self.return_std + self.return_mean - mean) / std)
         self.return_mean.copy_(mean)
         self.return_std.copy_(std)
 
     def working_memories(self, windows: Tensor) -> Tensor:
-        """φ (Sec. 4.1): windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
+        """φ(s, a, r, η) of Sec. 4.1: windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
-        x[:, -1, self.num_observations :] = 0  # Alg. 1: (a, r, η) are PADs, 0 once normalised; training knows them
+        # Alg. 1: a, r and η of the current step are PADs. The buffer has them when training, but acting did not.
+        x[:, -1, self.num_observations :] = 0
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The current memory, e⁰ (φ, positioned) to e^L (Eq. 6), each (B, d); each layer's α from it, (B, ω, N)."""
+        """The current step's memories e⁰ … e^L (Eq. 6), each (B, d), and each layer's α from it, (B, ω, N).
+
+        t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2). A method without memories has None
+        instead of this function."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # Alg. 1: e⁰ ← φ, with a position (Sec. 3.2): (B, N, d)
-        # A PAD is never attended to. Its own row, which nothing reads, would be 0 / 0 if the mask were not finite.
+        # PADs are never attended to. A PAD's own row, which nobody reads, would be 0 / 0 if the mask were not finite.
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
         for layer in self.layers:  # Alg. 1: refine episodic memories
@@ -214,7 +292,7 @@ class Agent(nn.Module):
         return memories, attention
 
     def policy_and_value(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the policy π(a | e^L), (B, A), and the value (B,), of episodic memories (B, d)."""
+        """The mean of the policy π(a | e^L), (B, A), and the value, (B,), from episodic memories e^L (B, d)."""
         return self.policy(memory), self.value(memory)[:, 0] * self.return_std + self.return_mean
 
     def forward(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,100 +300,113 @@ class Agent(nn.Module):
         return self.policy_and_value(memories[-1])
 
     @torch.inference_mode()
-    def act(self, transitions: Tensor, t: int, state) -> tuple[Tensor, Tensor, object]:
-        """The means and values of all n tasks at step t, and a state, at first None, to be given back at the next step.
-        TrMRL carries none, its memory is the window; RL² does (baselines/rl2.py)."""
+    def act(self, transitions: Tensor, t: int, alive: Tensor, noise: Tensor, state) -> tuple:
+        """Draws a_t ∼ π(· | e^L) for n tasks: returns actions (n, A), their log-probabilities (n,), values (n,) and state.
+
+        transitions (T + 1, n, S + A + 2) hold the trial up to s of step t. alive (n,) is False after a death. noise
+        (n, A) is standard normal, or 0 for the mean action. state is what the method wants back at the next step, None
+        at first: TrMRL needs none, as its memory is the window; RL² keeps its GRU's (baselines/rl2.py)."""
         n = transitions.shape[1]
-        return *self(transitions, torch.full((n,), t), torch.arange(n)), state
+        mean, value = self(transitions, torch.full((n,), t), torch.arange(n))
+        std = self.log_std.exp()
+        action = mean + std * noise
+        return action, Normal(mean, std, validate_args=False).log_prob(action).sum(1), value, state
+
+    def collect(self, envs: list, tasks: np.ndarray, episodes: int, rng: Generator, explore: bool) -> Trial:
+        return collect_trial(self, envs, tasks, episodes, rng, explore)
+
+    def optimizer(self, args: Args) -> Optimizer:
+        return Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    def update(self, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator, left: float) -> dict:
+        """Learns from a trial; returns columns of progress.csv. left is the share of training to come, from 1 to 0."""
+        left = left if args.anneal else 1.0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * left
+        row = ppo_update(self, optimizer, trial, args, rng)
+        self.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # meta-tests act without noise
+        self.count_inputs(trial.transitions[:-1][trial.valid])  # only now: the update had to see what acting saw
+        return row | {"learning_rate": args.learning_rate * left, "policy_std": self.log_std.exp().mean().item()}
 
 
-# --- A trial: the memory write logic (Sec. 5.1, Alg. 1), E episodes of one task ---------------------------------------
-def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple:
-    """The N - 1 most recent transitions of the episode and the current one (Alg. 1; Sec. 5.1: an episode starts empty).
-    Returns windows (B, N, S + A + 2) and filled (B, N), False at the PADs in front. t = T is of the last episode."""
-    start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)
-    steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
-    return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
+# --- Collecting E episodes of each task (Alg. 1), each of torchrun's processes its share ------------------------------
+def rank_and_processes() -> tuple[int, int]:
+    """Which of torchrun's processes this one is, and how many there are; 0 and 1 without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-@dataclass
-class Trial:
-    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps. A transition is stored once."""
-
-    transitions: Tensor  # (T + 1, n, S + A + 2): (s, a, r, η), s and r 0 after a death; at T the s after the trial
-    log_probs: Tensor  # (T, n) of the actions taken
-    values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
-    valid: Tensor  # (T, n), False after a death, to the end of its episode
-    success: Tensor  # (T, n), 1 or 0, NaN where the environment does not say
-
-    @property
-    def rewards(self) -> Tensor:
-        return self.transitions[:-1, :, -2]  # (T, n), 0 where not valid
+def gather(mine: object) -> list:
+    """What each of torchrun's processes has, in order; without torchrun, [mine]. Raises RunFailed if one is gone."""
+    if not distributed.is_initialized():
+        return [mine]
+    everyones = [None] * distributed.get_world_size()
+    try:
+        distributed.all_gather_object(everyones, mine)
+    except RuntimeError as error:
+        raise RunFailed("another process of torchrun's has ended") from error
+    return everyones
 
 
-def collect_trial(agent: Agent, envs: VectorEnv, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
-    """Alg. 1 for n tasks (n, ·) at once, E episodes of each; actions are the policy's mean if not explore.
-    Raises RunFailed if the simulator or the policy gives a NaN or an infinity."""
-    n, S, A = len(tasks), envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    T = E * envs.horizon
-    transitions = np.zeros((T + 1, n, S + A + 2), dtype=np.float32)  # B of Alg. 1; its PADs are in retrieve
-    means, values = np.zeros((T, n, A), dtype=np.float32), np.zeros((T + 1, n), dtype=np.float32)
-    valid, success = np.zeros((T, n), dtype=bool), np.zeros((T, n), dtype=np.float32)
-    buffer = torch.from_numpy(transitions)  # the same numbers, as torch sees them
-    std, state = agent.log_std.detach().exp(), None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step of acting is too small to share, and a waiting thread takes a simulator's core
-    for t in range(T):  # Alg. 1: while episode not done
-        if t % envs.horizon == 0:
-            observations, _ = envs.reset(seed=int(rng.integers(2**31)), options={"tasks": tasks})
-            alive = np.ones(n, dtype=bool)
-        transitions[t, :, :S] = observations  # s_next
-        means[t], values[t], state = agent.act(buffer, t, state)
-        actions = means[t] + explore * std.numpy() * rng.standard_normal((n, A), dtype=np.float32)  # a_t ∼ π
-        clipped = actions.clip(envs.single_action_space.low, envs.single_action_space.high)
-        observations, rewards, terminated, truncated, infos = envs.step(clipped)  # collect (s_{t+1}, r_t, η_t)
-        transitions[t, :, S : S + A] = actions  # B ← B ∪ (s, a, r, η), a before clipping
-        transitions[t, :, S + A] = rewards
-        transitions[t, :, S + A + 1] = (terminated | truncated) & (t < T - 1)  # not at the trial's end: V looks past it
-        valid[t], success[t] = alive, infos["success"]
-        alive = alive & ~terminated
-        observations[~alive] = 0.0  # till the episode's end
-    torch.set_num_threads(threads)
-    transitions[T, :, :S] = observations
-    values[T] = agent.act(buffer, T, state)[1].numpy() * alive  # V goes on after the trial, but not after a death
-    if not np.isfinite(transitions).all():
+def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
+    """Alg. 1 for n tasks (n, ·) at once: E episodes of each, in an environment each. Without explore, by mean actions.
+
+    Raises RunFailed if the simulator or the policy returns a NaN or an infinity."""
+    S, A, T = agent.num_observations, agent.num_actions, E * agent.horizon
+    rank, processes = rank_and_processes()
+    mine = np.array_split(np.arange(len(tasks)), processes)[rank]
+    transitions = np.zeros((T + 1, len(mine), S + A + 2), dtype=np.float32)  # B of Alg. 1; its PADs are in retrieve
+    s, a, r, eta = named(transitions, S)
+    log_probs, values = np.zeros((T, len(mine)), dtype=np.float32), np.zeros((T + 1, len(mine)), dtype=np.float32)
+    valid, success = np.zeros((T, len(mine)), dtype=bool), np.full((T, len(mine)), np.nan, dtype=np.float32)
+    buffer, state = torch.from_numpy(transitions), None  # the same numbers, as torch sees them
+    low, high = envs[0].action_space.low, envs[0].action_space.high
+    alive = np.ones(len(mine), dtype=bool)
+
+    bar = tqdm(range(T), "testing", leave=False, delay=1, disable=explore or rank > 0)  # training has a bar of its own
+    for t in bar:  # Alg. 1: while episode not done
+        if t % agent.horizon == 0:
+            seeds = int(rng.integers(2**31)) + mine
+            for i, task in enumerate(mine):
+                envs[i].task = tasks[task]
+                s[t, i], _ = envs[i].reset(seed=int(seeds[i]))  # s_next ← s_0
+            alive[:] = True
+        noise = explore * rng.standard_normal(
+            (len(tasks), A), dtype=np.float32
+        )  # for all tasks, whoever simulates them
+        arguments = torch.from_numpy(alive), torch.from_numpy(noise[mine]), state
+        action, log_probs[t], values[t], state = agent.act(buffer, t, *arguments)  # a_t ∼ π
+        last_step = (t + 1) % agent.horizon == 0
+        valid[t] = alive
+        for i in np.flatnonzero(alive):
+            a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with the a that was drawn, not the one that was clipped
+            s_next, r[t, i], died, _, info = envs[i].step(a[t, i].clip(low, high))  # collect (s_{t+1}, r_t, η_t)
+            success[t, i] = info.get("success", np.nan)
+            alive[i] = not died
+            eta[t, i] = (died or last_step) and t < T - 1  # the trial's end is not one: V looks past it
+            if not died:  # what is seen at a death is never looked at
+                s[t + 1, i] = s_next  # s_next ← s_{t+1}
+    _, _, value, _ = agent.act(buffer, T, torch.from_numpy(alive), torch.zeros(len(mine), A), state)
+    values[T] = value.numpy() * alive  # V goes on after the trial, but not after a death
+    arrays = transitions, a[:-1], r[:-1], log_probs, values, valid, success
+    trial = Trial(*(torch.from_numpy(np.concatenate(parts, axis=1)) for parts in zip(*gather(arrays))))
+    if not torch.isfinite(trial.transitions).all():
         raise RunFailed("the simulator or the policy returned a NaN or an infinity; resuming would repeat it")
-    log_probs = Normal(torch.from_numpy(means), std).log_prob(buffer[:-1, :, S : S + A]).sum(2)
-    return Trial(buffer, log_probs, *(torch.from_numpy(array) for array in (values, valid, success)))
+    return trial
 
 
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
-def all_reduce(x: Tensor) -> Tensor:
-    """x, replaced by its sum over torchrun's processes, if there are any. Raises RunFailed if one is gone."""
-    if distributed.is_initialized():
-        try:
-            distributed.all_reduce(x)
-        except RuntimeError as error:
-            raise RunFailed("another process of torchrun's has ended") from error
-    return x
-
-
-def sums_of(x: Tensor) -> Tensor:
-    """1, x and x² summed over the first axis, and over all processes: (3, ...), for mean_and_std."""
-    x = x.double()
-    return all_reduce(torch.stack([torch.ones_like(x), x, x * x]).sum(1))
-
-
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation along the whole trial, through the episodes' ends; both (T, n).
 
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
-    trajectory" (Sec. 5.1). What a death cuts off passes as steps without reward: else dying would cost nothing."""
-    advantages = torch.zeros_like(trial.rewards)
+    trajectory" (Sec. 5.1). After a death, the rest of the episode passes as steps with reward 0. If it were left out,
+    the next episode would begin at once, and dying would cost nothing. For example, in an episode of 8 steps that dies
+    at t = 5, the steps 6 and 7 have V_7 = γ V_8 and V_6 = γ V_7, where V_8 is the value of the next episode's start.
+    So δ_6 = δ_7 = 0, and δ_5 = r_5 + γ³ V_8 - V_5."""
+    advantages = torch.zeros_like(trial.r)
     next_value, advantage = trial.values[-1], 0.0
     for t in reversed(range(len(advantages))):
         value = torch.where(trial.valid[t], trial.values[t], gamma * next_value)
-        delta = trial.rewards[t] + gamma * next_value - value
+        delta = trial.r[t] + gamma * next_value - value
         advantage = delta + gamma * gae_lambda * advantage
         advantages[t], next_value = advantage, value
     return advantages, advantages + trial.values[:-1]
@@ -327,106 +418,118 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.minimum(ratio * advantages, clipped * advantages)
 
 
+def mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, at least 0.01: what hardly varies must not be divided by almost nothing."""
+    return x.mean(), x.std(correction=0).clamp(min=0.01)
+
+
 def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator) -> dict:
-    """Up to update_epochs passes over the trials' valid steps, in minibatches that mix all tasks; returns statistics.
+    """Up to update_epochs passes over the trial's valid steps, in minibatches that mix all tasks; returns statistics.
+
+    Under torchrun each process takes its share of every minibatch, and gradients are summed.
     Raises RunFailed if a gradient is not finite, before the step that it would have spoilt."""
+    rank, processes = rank_and_processes()
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
-    return_sums = sums_of(returns[t, task])
-    agent.rescale_value(*mean_and_std(return_sums))
-    mean, std = mean_and_std(sums_of(advantages[t, task]))
+    agent.rescale_value(*mean_and_std(returns[t, task]))
+    mean, std = mean_and_std(advantages[t, task])
     explained_variance = 1 - (std / agent.return_std) ** 2  # an advantage is a return less its value
     advantages = (advantages - mean) / std
-    actions = trial.transitions[:-1, :, agent.num_observations : -2]
-    number = math.ceil(return_sums[0].item() / args.minibatch_size)  # of minibatches an epoch
-    size = return_sums[0].float() / number  # over all processes
+    number = math.ceil(len(t) / args.minibatch_size)  # of minibatches in an epoch
+    size = len(t) / number
     epochs = [torch.from_numpy(rng.permutation(len(t))).tensor_split(number) for _ in range(args.update_epochs)]
-    statistics, gradient_steps = [], 0
-    for chosen in itertools.chain(*epochs):
-        at = t[chosen], task[chosen]
+    statistics, norms = [], []
+    for minibatch in itertools.chain(*epochs):
+        share = minibatch[rank::processes]
+        at = t[share], task[share]
         mean, value = agent(trial.transitions, *at)
-        policy = Normal(mean, agent.log_std.exp())
-        log_ratio = policy.log_prob(actions[at]).sum(1) - trial.log_probs[at]
+        policy = Normal(mean, agent.log_std.exp(), validate_args=False)  # the gradient's norm shows what is not finite
+        log_ratio = policy.log_prob(trial.a[at]).sum(1) - trial.log_probs[at]
         ratio = log_ratio.exp()
         policy_loss = -clipped_objective(ratio, advantages[at], args.clip_coef).sum() / size
-        # In the value head's unit, so that the shared memories serve both heads whatever the rewards' scale.
+        # In the value head's unit, so that the shared memories serve both heads whatever the size of the rewards.
         value_loss = 0.5 * ((value - returns[at]) / agent.return_std).square().sum() / size
         optimizer.zero_grad()
         (policy_loss + value_loss).backward()
         approx_kl, clipped = (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_coef).sum()
         losses = policy_loss, value_loss, policy.entropy().sum() / size, approx_kl / size, clipped / size
         statistics.append(torch.stack(losses).detach())
-        if distributed.is_initialized():  # size counts all processes' steps, so that their shares add up
-            shares = [parameter.grad for parameter in agent.parameters()] + [statistics[-1]]
-            nn.utils.vector_to_parameters(all_reduce(nn.utils.parameters_to_vector(shares)), shares)
-        # Checked at each minibatch: one trial that went very wrong can carry the policy far away within an epoch.
-        if args.target_kl is not None and torch.stack(statistics)[:, 3].mean() > args.target_kl:
+        if processes > 1:
+            shares = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None] + statistics[
+                -1:
+            ]
+            total = sum(gather(nn.utils.parameters_to_vector(shares).cpu().numpy()))
+            nn.utils.vector_to_parameters(torch.from_numpy(total).to(args.device), shares)
+        # The mean of many minibatches, as one of them is noisy; of the last ones, as a policy can be lost within a few.
+        if args.target_kl is not None and torch.stack(statistics[-40:])[:, 3].mean() > args.target_kl:
             break
-        norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-        if not torch.isfinite(norm):
+        norms.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm))
+        if not torch.isfinite(norms[-1]):
             raise RunFailed("the gradient is not finite")
         optimizer.step()
-        gradient_steps += 1
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    return row | {"explained_variance": explained_variance.item(), "gradient_steps": gradient_steps}
+    row |= {"explained_variance": explained_variance.item(), "gradient_steps": len(norms)}
+    return row | {"gradient_norm": torch.stack(norms).mean().item() if norms else math.nan}
 
 
 # --- Meta-tests with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) -------------
-def random_stream(seed: int, purpose: str, iteration: int = 0, process: int = 0) -> Generator:
+def random_stream(seed: int, purpose: str, iteration: int = 0) -> Generator:
     """Random numbers that depend on the arguments alone, so that a resumed run draws what an unbroken one would."""
     purposes = ("train tasks", "train", "test tasks", "ood tasks", "meta-test", "refinement")
-    return np.random.default_rng([seed, purposes.index(purpose), iteration, process])
+    return np.random.default_rng([seed, purposes.index(purpose), iteration])
 
 
 def episode_results(trial: Trial, episodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of every step (n, E, H), and whether each episode (n, E) ever succeeded: 1, 0 or NaN."""
-    rewards, success = (x.T.unflatten(1, (episodes, -1)).cpu().numpy() for x in (trial.rewards, trial.success))
+    """The rewards of every step (n, E, H), and whether each episode (n, E) succeeded at any step: 1, 0 or NaN."""
+    rewards, success = (x.T.unflatten(1, (episodes, -1)).cpu().numpy() for x in (trial.r, trial.success))
     return rewards, np.fmax.reduce(success, axis=2)
 
 
-def meta_test(agent: Agent, envs: VectorEnv, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
-    """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of the run's held-out tasks, by mean actions.
+def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
+    """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of test_tasks held-out tasks, by mean actions.
 
     Returns for "test" and, where there are such tasks, "ood": rewards (tasks, episodes, H), success (tasks, episodes),
     tasks (tasks, ·) and observations (tasks, H, S) of the first episode."""
     results = {}
-    for split in envs.splits[1:]:
-        tasks = envs.sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
-        trial = collect_trial(agent, envs, tasks, episodes, random_stream(args.seed, "meta-test"), explore=False)
+    for split in envs[0].splits[1:]:
+        tasks = envs[0].sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
+        trial = agent.collect(envs, tasks, episodes, random_stream(args.seed, "meta-test"), explore=False)
         rewards, success = episode_results(trial, episodes)
-        observations = trial.transitions[: envs.horizon, :, : agent.num_observations].transpose(0, 1).numpy()
+        s, *_ = named(trial.transitions[: agent.horizon], agent.num_observations)
+        observations = s.transpose(0, 1).numpy()
         results[split] = dict(rewards=rewards, success=success, tasks=tasks, observations=observations)
     return results
 
 
 @torch.no_grad()
-def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dict[str, np.ndarray]]:
+def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str, np.ndarray]]:
     """What the memories of each layer hold, for refinement.npz, working_memories.npz and attention.npz.
 
     Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
-    model from e^l to the policy's mean action, fitted on the first two thirds of the tasks, tested on the others.
+    model from e^l to the policy's mean action, fitted on two tasks of every three and tested on the third.
     Fig. 8, latents: φ of whole transitions. Attention: what the current memory attends to, averaged over all steps."""
     rng = random_stream(args.seed, "refinement")
-    tasks = envs.sample_tasks("test", args.test_tasks + math.ceil(args.test_tasks / 2), rng)
-    trial = collect_trial(agent, envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
+    tasks = envs[0].sample_tasks("test", args.test_tasks + math.ceil(args.test_tasks / 2), rng)
+    trial = agent.collect(envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
     t, task = trial.valid.nonzero(as_tuple=True)
     memories, attention = [], []
-    for chosen in torch.arange(len(t)).split(4096):
-        some_memories, some_attention = agent.refine(trial.transitions, t[chosen], task[chosen])
+    chunks = torch.arange(len(t)).split(4096)
+    for chunk in tqdm(chunks, "analysing", leave=False, delay=1, disable=rank_and_processes()[0] > 0):
+        some_memories, some_attention = agent.refine(trial.transitions, t[chunk], task[chunk])
         memories.append(torch.stack(some_memories))
         if some_attention:
             attention.append(torch.stack(some_attention).mean(2))  # (L, B, N): the mean over heads
     memories = torch.cat(memories, dim=1)  # (L + 1, steps, d)
     representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
-    experts = agent.policy(memories[-1]).double().numpy()  # (steps, A)
-    fitted = task.numpy() < args.test_tasks
+    actions = agent.policy(memories[-1]).double().numpy()  # (steps, A)
+    fitted = task.numpy() % 3 < 2  # interleaved, as ML45's tasks are in the order of its environments
     regression_mse = []
     for memory in memories.double().numpy():
         features = np.concatenate([memory, np.ones((len(memory), 1))], axis=1)
-        weights = np.linalg.lstsq(features[fitted], experts[fitted])[0]
-        regression_mse.append(np.square(features[~fitted] @ weights - experts[~fitted]).mean())
-    sample = (t < envs.horizon) & (t % 5 == 0)  # enough for a picture
+        weights = np.linalg.lstsq(features[fitted], actions[fitted])[0]
+        regression_mse.append(np.square(features[~fitted] @ weights - actions[~fitted]).mean())
+    sample = (t < agent.horizon) & (t % 5 == 0)  # enough for a picture
     embedding = agent.phi(agent.normalise(trial.transitions[t[sample], task[sample]]))
     files = {"working_memories": {"embedding": embedding.numpy(), "task": tasks[task[sample].numpy(), 0]}}
     errors = {"representation_error": representation_error.numpy(), "regression_mse": np.array(regression_mse)}
@@ -436,85 +539,118 @@ def analyse_memories(agent: Agent, envs: VectorEnv, args: Args) -> dict[str, dic
 
 
 # --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
-# A task distribution is a gymnasium.Env with Box spaces and three things more: horizon, the steps of an episode;
-# splits, ("train", "test") and perhaps "ood"; sample_tasks(split, n, rng), rows of numbers (n, ·) that say what to do.
-# task, one such row, is set before each reset. info["success"], if there is one, is of that step.
-class HalfCheetahVel(gymnasium.Wrapper):
-    """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
+class PointMass(gymnasium.Env):
+    """A point mass on a line that must reach a hidden velocity: the smallest example of a task distribution.
 
-    horizon, splits = 200, ("train", "test", "ood")
+    A task distribution is a gymnasium.Env that is made with a seed and has, besides reset and step:
+    horizon, the steps of an episode; splits, the kinds of tasks: "train", "test" and, if it has them, "ood";
+    sample_tasks(split, n, rng), which returns n tasks as rows of numbers (n, ·); task, one such row, set before reset.
+    If it has an info["success"], that is of the step. standing_still, if it is known, is the return without moving."""
+
+    horizon, splits, task, standing_still = 20, ("train", "test", "ood"), np.zeros(1), -10.0
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
 
     def __init__(self, seed: int):
-        super().__init__(gymnasium.make("HalfCheetah-v5").unwrapped)  # without its own horizon
-        self.env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a diverged simulation must be seen
+        pass
+
+    def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
+        return rng.uniform(1.0, 1.5, (n, 1)) if split == "ood" else rng.uniform(-1.0, 1.0, (n, 1))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.velocity = self.np_random.uniform(-0.1, 0.1, 1)
+        return self.velocity, {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.velocity = self.velocity + 0.5 * action
+        distance = abs(self.velocity[0] - self.task[0])
+        return self.velocity, -distance, False, False, {"success": distance < 0.1}
+
+
+class HalfCheetahVel(HalfCheetahEnv):
+    """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
+
+    horizon, splits, task, standing_still = 200, ("train", "test", "ood"), np.zeros(1), -300.0
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a diverged simulation must be seen
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
         return rng.uniform(3.0, 4.0, (n, 1)) if split == "ood" else rng.uniform(0.0, 3.0, (n, 1))
 
     def step(self, action: np.ndarray) -> tuple:
-        before = self.env.data.qpos[0]  # gymnasium's own step, but for its reward and info, a third of its time
-        self.env.do_simulation(action, self.env.frame_skip)
-        velocity = (self.env.data.qpos[0] - before) / self.env.dt
+        before = self.data.qpos[0]  # gymnasium's own step, but for its reward and info, a third of its time
+        self.do_simulation(action, self.frame_skip)
+        velocity = (self.data.qpos[0] - before) / self.dt
         reward = -abs(velocity - self.task[0]) - 0.05 * np.dot(action, action)
-        return self.env._get_obs(), reward, False, False, {}
+        return self._get_obs(), reward, False, False, {}
 
 
-class AntDir(gymnasium.Wrapper):
+class AntDir(AntEnv):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
 
     A task is the goal's angle (rad). An episode ends where the torso leaves [0.2, 1] m or the state is not finite."""
 
-    horizon, splits = 200, ("train", "test")
+    horizon, splits, task, standing_still = 200, ("train", "test"), np.zeros(1), 200.0
 
     def __init__(self, seed: int, angles: tuple[float, float] = (0.0, math.pi)):
-        super().__init__(gymnasium.make("Ant-v5", include_cfrc_ext_in_observation=False).unwrapped)
-        self.env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        super().__init__(include_cfrc_ext_in_observation=False)
+        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.angles = angles
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
         return np.resize(self.angles, (n, 1))  # the two in turn, so that each batch holds both
 
     def step(self, action: np.ndarray) -> tuple:
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = super().step(action)
         velocity = math.cos(self.task[0]) * info["x_velocity"] + math.sin(self.task[0]) * info["y_velocity"]
         reward += velocity - info["reward_forward"]
         return observation, reward if np.isfinite(reward) else 0.0, terminated, truncated, info
 
 
 class MetaWorld(gymnasium.Env):
-    """MetaWorld's ML1 (one environment, 50 training goals and 50 held out) and ML45-Train (45, tested as trained).
+    """MetaWorld's ML1 (one environment, 50 training goals and 50 held out) or ML45-Train (45, tested as trained).
 
     A task is a number, 100 · environment + goal, goals from 50 on being held out. The observation hides the goal."""
 
-    horizon, splits = 500, ("train", "test")
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,))
+    horizon, splits, task = 500, ("train", "test"), np.zeros(1)
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float64)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,))
     idle: dict[str, list] = {}  # this process's simulators that no copy is using, by name: 24 MB and 0.2 s each
 
-    def __init__(self, names: tuple[str, ...], held_out: bool, seed: int):
-        self.names, self.held_out, self.seed = names, held_out, seed
+    def __init__(self, names: tuple[str, ...] | None, held_out: bool, seed: int):
+        from metaworld import env_dict  # here, as it takes a second and only MetaWorld needs it
+
+        self.names = names or tuple(env_dict.ML45_V3["train"])
+        self.held_out, self.seed, self.classes = held_out, seed, env_dict.ALL_V3_ENVIRONMENTS
         self.name = self.simulator = None
 
     @staticmethod
     @functools.cache
     def goals(name: str, seed: int) -> list:
         """An environment's 50 goals of training, then the 50 held out; takes a second."""
-        benchmark = metaworld.ML1(name, seed)
+        from metaworld import ML1
+
+        benchmark = ML1(name, seed)
         return benchmark.train_tasks + benchmark.test_tasks
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
-        """No environment or goal twice before each came once; in order, as neighbours share a process's simulators."""
+        """Every environment, and every goal, comes once before any comes again. Sorted, so that a process of
+        torchrun's needs the simulators of few environments."""
         environments = np.sort(np.resize(rng.permutation(len(self.names)), n))
         goals = np.resize(rng.permutation(50), n) + (50 if split == "test" and self.held_out else 0)
         return (100 * environments + goals)[:, None]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
         environment, goal = divmod(int(self.task[0]), 100)
         if self.name != self.names[environment]:
             self.idle.setdefault(self.name, []).append(self.simulator)
             self.name = self.names[environment]
             idle = self.idle.get(self.name)
-            self.simulator = idle.pop() if idle else metaworld.env_dict.ALL_V3_ENVIRONMENTS[self.name]()
+            self.simulator = idle.pop() if idle else self.classes[self.name]()
         self.simulator.set_task(self.goals(self.name, self.seed)[goal])
         return self.simulator.reset()
 
@@ -523,206 +659,220 @@ class MetaWorld(gymnasium.Env):
 
 
 ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
+    "PointMass": PointMass,
     "HalfCheetahVel": HalfCheetahVel,
     "AntDir": AntDir,
     "AntDir57": functools.partial(AntDir, angles=(1.0, -1.0)),  # the authors'
     "ML1-Reach": functools.partial(MetaWorld, ("reach-v3",), True),
     "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
-    "ML45-Train": functools.partial(MetaWorld, tuple(metaworld.env_dict.ML45_V3["train"]), False),
+    "ML45-Train": functools.partial(MetaWorld, None, False),
 }
+NO_KL_LIMIT = dict(update_epochs=6, target_kl=None)
 DEFAULTS: dict[str, dict] = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
-    "AntDir": dict(num_tasks=10, update_epochs=6, target_kl=None),
-    "AntDir57": dict(num_tasks=10, update_epochs=6, target_kl=None),
-    "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
-    "ML1-Push": dict(init_std=1.0, update_epochs=6, target_kl=None, total_timesteps=3_000_000),
-    "ML45-Train": dict(
-        init_std=1.0, update_epochs=6, target_kl=None, num_tasks=25, total_timesteps=6_000_000, test_tasks=45
+    "PointMass": dict(
+        num_tasks=40, layers=2, heads=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000
     ),
+    "AntDir": dict(num_tasks=10, **NO_KL_LIMIT),
+    "AntDir57": dict(num_tasks=10, **NO_KL_LIMIT),
+    "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
+    "ML1-Push": dict(init_std=1.0, total_timesteps=3_000_000, **NO_KL_LIMIT),
+    "ML45-Train": dict(init_std=1.0, num_tasks=25, total_timesteps=6_000_000, test_tasks=45, **NO_KL_LIMIT),
 }
 
 
-def serve(pipe, make_env: Callable[[], gymnasium.Env]) -> None:
-    """A process, spawned as any platform can, that steps its share of a TaskVectorEnv as told, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; it is the parent's to answer
-    envs = TaskVectorEnv(make_env)
-    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is gone
-        while True:
-            method, share = pipe.recv()
-            pipe.send(getattr(envs, method)(*share))
+# --- A run: flags checked, checkpoint, outer loop ---------------------------------------------------------------------
+def whole_number(text: str) -> int:
+    if not float(text).is_integer():  # 1e6 is one
+        raise ValueError(f"{text} is not a whole number")
+    return int(float(text))
 
 
-class TaskVectorEnv(VectorEnv):
-    """A copy of an environment for each of the tasks that reset is given, shared among processes: this one and others
-    with a TaskVectorEnv of their own. A copy that has terminated rests, at zeros, till the next reset."""
-
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-
-    def __init__(self, make_env: Callable[[], gymnasium.Env], processes: int = 1):
-        self.make_env, self.envs, self.pipes = make_env, [make_env()], []
-        env = self.envs[0]
-        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
-        self.horizon, self.splits, self.sample_tasks = env.horizon, env.splits, env.sample_tasks
-        for _ in range(processes - 1):
-            ours, theirs = multiprocessing.Pipe()
-            multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, make_env), daemon=True).start()
-            theirs.close()  # so that the pipe ends when either side does
-            self.pipes.append(ours)
-
-    def share(self, method: str, *arrays: np.ndarray) -> list[np.ndarray]:
-        """What method makes of each process's share of the arrays, joined. Raises RunFailed if a process has died."""
-        mine, *theirs = zip(*(np.array_split(array, len(self.pipes) + 1) for array in arrays))
-        try:
-            for pipe, share in zip(self.pipes, theirs):
-                pipe.send((method, share))
-            answers = [getattr(self, method)(*mine), *(pipe.recv() for pipe in self.pipes)]
-        except (EOFError, OSError) as error:
-            raise RunFailed("a process that simulates it has died") from error
-        return [np.concatenate(parts) for parts in zip(*answers)]
-
-    def reset(self, *, seed: int, options: dict) -> tuple[np.ndarray, dict]:
-        """Starts an episode of each of options["tasks"] (n, ·); its copies are seeded with seed, seed + 1, ..."""
-        self.num_envs, self.steps = len(options["tasks"]), 0
-        (observations,) = self.share("reset_copies", options["tasks"], seed + np.arange(self.num_envs))
-        return observations, {}
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        self.steps += 1
-        observations, rewards, terminated, success = self.share("step_copies", actions)
-        truncated = np.full(self.num_envs, self.steps == self.horizon)
-        return observations, rewards, terminated, truncated, {"success": success}
-
-    def reset_copies(self, tasks: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray]:
-        self.envs += [self.make_env() for _ in range(len(tasks) - len(self.envs))]
-        self.terminated = np.zeros(len(tasks), dtype=bool)
-        observations = np.zeros((len(tasks), *self.single_observation_space.shape))
-        for i in range(len(tasks)):
-            self.envs[i].task = tasks[i]
-            observations[i], _ = self.envs[i].reset(seed=int(seeds[i]))
-        return (observations,)
-
-    def step_copies(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        n = len(actions)
-        observations, rewards = np.zeros((n, *self.single_observation_space.shape)), np.zeros(n)
-        success = np.full(n, np.nan)
-        for i in np.flatnonzero(~self.terminated):
-            observations[i], rewards[i], self.terminated[i], _, info = self.envs[i].step(actions[i])
-            success[i] = info.get("success", np.nan)
-        return observations, rewards, self.terminated.copy(), success
+def command_line(argv: list[str], default: Args) -> Args:
+    """The flags in argv, else default's values, by tyro; --help shows them under the one-word comments of Args."""
+    group, group_of, help_of, groups = "", {}, {}, {}
+    source = "".join(inspect.getsource(cls) for cls in reversed(type(default).__mro__[:-1]))
+    for heading, name, text in re.findall(r"^    (?:# (\w+)$|(\w+): .*?  # (.*))", source, re.MULTILINE):
+        group, help_of[name] = heading or group, text
+        group_of.setdefault(name, group)
+    integer = PrimitiveConstructorSpec(
+        1, "INT", lambda t: whole_number(*t), lambda x: type(x) is int, lambda x: [str(x)]
+    )
+    for name, kind in get_type_hints(type(default), include_extras=True).items():
+        annotated = Annotated[Annotated[int, integer] if kind is int else kind, tyro.conf.arg(help=help_of[name])]
+        groups.setdefault(group_of[name], []).append((name, annotated, getattr(default, name)))
+    classes = {name: make_dataclass(name, flags) for name, flags in groups.items()}
+    fields = [(name, tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls)) for name, cls in classes.items()]
+    chosen = tyro.cli(make_dataclass("Flags", fields), args=argv, description=type(default).__doc__)
+    return replace(default, **{name: value for group in vars(chosen).values() for name, value in vars(group).items()})
 
 
-# --- A run: flags, checkpoint, outer loop -----------------------------------------------------------------------------
-class UserError(Exception):
-    """A mistake in what the user asked for: one line, exit code 2."""
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-class RunFailed(Exception):
-    """A NaN in the simulator or the loss, or a process that died: the run cannot go on, exit code 1."""
-
-
-def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
-    """The command line over its environment's defaults, or over a run's own arguments; and that run's checkpoint."""
-    args, checkpoint = tyro.cli(args_class, args=[flag for flag in argv if flag not in ("-h", "--help")]), {}
-    values = {"env": args.env}
-    for name, value in DEFAULTS.get(args.env, {}).items():
-        if getattr(args_class, name) == getattr(Args, name):  # else the method has its own
-            values[name] = value
-    if args.resume and args.test:
-        raise UserError("--resume, --test: take one of the two")
-    if run := args.resume or args.test:
-        try:
-            checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
-            values = {name: checkpoint["args"][name] for name in vars(args) if name not in ("resume", "test")}
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-            raise UserError(f"--resume, --test: take a run's folder; {run} has no checkpoint.pt to be read") from None
-        if checkpoint["args"]["method"] != method:
-            raise UserError(f"--resume, --test: {run} is a run of {checkpoint['args']['method']}, not of {method}")
-    if unknown := {args.env, values["env"]} - set(ENVS):
-        raise UserError(f"--env {unknown.pop()}: takes one of {', '.join(ENVS)}")
-    args = tyro.cli(args_class, args=argv, default=args_class(**values))
-    limits = {"seed": (0, 2**32), "gamma": (0, 1), "gae_lambda": (0, 1)}  # of others: 1 of whole numbers, else above 0
+def check(args: Args) -> None:
+    """Raises UserError for a value that no run can have."""
+    if args.env not in ENVS:
+        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
+    limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
         if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: takes a number from {low:g} to {high:g}")
+            raise UserError(f"{flag_of(name)} {value}: takes a number from {low:g} to {high:g}")
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
-    if args.num_tasks % int(os.environ.get("WORLD_SIZE", 1)):
-        raise UserError(f"--num-tasks {args.num_tasks}: takes a multiple of torchrun's processes")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
+
+
+def default_args(args_class: type[Args], env: str) -> Args:
+    """An environment's defaults, except where a method has its own."""
+    values = {"env": env} | DEFAULTS.get(env, {})
+    return args_class(
+        **{name: value for name, value in values.items() if getattr(args_class, name) == getattr(Args, name)}
+    )
+
+
+def read_checkpoint(folder: Path, method: str) -> dict:
+    """Raises UserError for what is not the whole checkpoint of a run of this method."""
+    try:
+        damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # by its checksums, which torch.load passes over
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        made_by, _ = checkpoint["args"]["method"], [checkpoint[name] for name in ("rows", "agent", "optimizer")]
+    except Exception as error:  # zipfile and torch raise a dozen kinds for a file that is missing, damaged or another
+        raise UserError(f"--resume, --test: take a run's folder; {folder} has no checkpoint.pt to be read") from error
+    if damaged:
+        raise UserError(f"--resume, --test: take a run's folder; the checkpoint.pt of {folder} is damaged")
+    if made_by != method:
+        raise UserError(f"--resume, --test: {folder} is a run of {made_by}, not of {method}")
+    return checkpoint
+
+
+def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
+    """The flags over their environment's defaults; or over those of a stored run, and that run's checkpoint.
+
+    Of a stored run only what leaves it the same run may change: how it is tested, and how long it goes on."""
+    asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
+    if not (asked.resume or asked.test):
+        check(asked)
+        args = command_line(argv, default_args(args_class, asked.env))
+        check(args)
+        return args, {}
+    if asked.resume and asked.test:
+        raise UserError("--resume, --test: take one of the two")
+    folder = asked.resume or asked.test
+    checkpoint = read_checkpoint(Path(folder), method)
+    stored = {name: value for name, value in checkpoint["args"].items() if name not in ("method", "versions")}
+    if unknown := set(stored) - set(vars(asked)):
+        raise UserError(f"--resume, --test: {folder} was made with {flag_of(min(unknown))}, which is not known here")
+    stored = replace(default_args(args_class, stored["env"]), **stored)  # a flag that is newer has its default
+    args = command_line(argv, stored)
+    check(args)
+    may_change = ["device", "test_tasks", "test_episodes"]
+    may_change += ["seed"] if args.test else ["eval_interval"] if args.anneal else ["eval_interval", "total_timesteps"]
+    for name, value in vars(stored).items():
+        if getattr(args, name) != value and name not in [*may_change, "resume", "test"]:
+            flags = ", ".join(map(flag_of, may_change))
+            raise UserError(f"{flag_of(name)} {getattr(args, name)}: {folder} has {value}; it can only change {flags}")
     return args, checkpoint
 
 
-def write(path: Path, save: Callable) -> None:
-    """save(file) under a temporary name, which is then renamed, so that path is never half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)
+def make_agent(agent_class: type[Agent], args: Args, checkpoint: dict) -> tuple[Agent, list]:
+    """An agent, the checkpoint's if there is one, and as many environments as the largest batch has tasks."""
+    seed = checkpoint["args"]["seed"] if checkpoint else args.seed  # the goals that MetaWorld held out stay the same
+    envs = [ENVS[args.env](seed=seed) for _ in range(max(args.num_tasks, math.ceil(1.5 * args.test_tasks)))]
+    torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
+    agent = agent_class(envs[0], args)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+    return agent, envs
+
+
+def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Args] = Args, **changes) -> tuple:
+    """A stored run's agent, environments and args, for notebooks and scripts.
+
+    changes are what --test takes: test_tasks, test_episodes, device, and seed for other tasks. A run of another method
+    takes its agent and args classes: load(run, rl2.RL2, rl2.Args). Raises UserError."""
+    flags = [f"{flag_of(name)}={value}" for name, value in changes.items()]
+    args, checkpoint = parse(["--test", str(run), *flags], args_class, agent_class.method)
+    return *make_agent(agent_class, args, checkpoint), args
+
+
+def write(path: Path, save: Callable[[io.BytesIO], object]) -> None:
+    """Writes what save(file) does under a temporary name, then renames it, so that path is never half-written."""
+    content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    save(content)
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    libraries = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
+    write(path, lambda file: file.write(json.dumps(values | {"versions": libraries}, indent=2).encode()))
 
 
 def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: list[dict]) -> None:
     """checkpoint.pt, which is all that resuming needs; args.json and progress.csv, for all others."""
     values = {name: value for name, value in vars(args).items() if name not in ("resume", "test")}
     values["method"] = agent.method
-    values["versions"] = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
     checkpoint = {"args": values, "rows": rows, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    write(run / "args.json", lambda file: file.write(json.dumps(values, indent=2).encode()))
+    write_json(run / "args.json", values)
     columns = (
         "iteration env_steps wall_seconds train_return train_success test_return test_success ood_return "
         "steps_per_second rollout_seconds update_seconds gradient_steps policy_loss value_loss entropy approx_kl "
         "clip_fraction explained_variance learning_rate"
     ).split()
+    columns = list(dict.fromkeys(itertools.chain(columns, *rows)))  # then a method's own
     table = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
     write(run / "progress.csv", lambda file: file.writelines((",".join(line) + "\n").encode() for line in table))
 
 
-def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: Path | None, rows: list[dict]) -> None:
+def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
     """Meta-training (Sec. 5.1), from where rows, those of progress.csv, have come; adds one an iteration.
 
-    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on.
-    Under torchrun each process collects its share of the tasks, and the first evaluates and writes."""
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
+    of torchrun do the same, but for their shares in collect_trial and ppo_update; the first, which has a run, writes."""
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
-    board = SummaryWriter(run) if process == 0 else None
     scores = {}  # of the last evaluation
-    with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=process > 0) as bar:
+    if run:
+        board = SummaryWriter(run)
+        flags = "".join(f"| {name} | {value} |\n" for name, value in vars(args).items())
+        board.add_text("flags", "| flag | value |\n| --- | --- |\n" + flags)
+    with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=not run) as bar:
         while env_steps < args.total_timesteps:
             started, iteration = time.monotonic(), len(rows) + 1
-            tasks = envs.sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
-            rng = random_stream(args.seed, "train", iteration, process)
+            tasks = envs[0].sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
+            rng = random_stream(args.seed, "train", iteration)
             agent.to("cpu")  # where small batches are quick
-            trial = collect_trial(agent, envs, tasks[process::processes], args.episodes_per_trial, rng, explore=True)
+            trial = agent.collect(envs, tasks, args.episodes_per_trial, rng, explore=True)
             collected = time.monotonic()
-            left = 1 - env_steps / args.total_timesteps if args.anneal else 1.0
-            optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * left
             agent.to(args.device)
             trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
-            row = ppo_update(agent, optimizer, trial, args, rng)
-            agent.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # meta-tests have no noise
-            agent.sums += sums_of(trial.transitions[:-1][trial.valid])  # now: the update saw what acting saw
+            row = agent.update(optimizer, trial, args, rng, 1 - env_steps / args.total_timesteps)
             updated = time.monotonic()
             rewards, success = episode_results(trial, args.episodes_per_trial)
-            row["train_return"] = mean_and_std(sums_of(torch.from_numpy(rewards.sum(2).ravel())))[0].item()
-            row["train_success"] = mean_and_std(sums_of(torch.from_numpy(success.ravel())))[0].item()
-            new_steps = int(sums_of(trial.valid.flatten())[1])
+            row |= {"train_return": rewards.sum(2).mean().item(), "train_success": success.mean().item()}
+            new_steps = int(trial.valid.sum())
             env_steps += new_steps
-            if process == 0 and ((iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps):
-                for split, results in meta_test(agent.to("cpu"), envs, args, episodes=1).items():
-                    scores[f"{split}_return"] = results["rewards"].sum(2).mean().item()
-                    scores[f"{split}_success"] = results["success"].mean().item()
+            if (iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps:
+                for split, results in meta_test(agent.to("cpu"), envs, args, agent.evaluation_episodes).items():
+                    scores[f"{split}_return"] = results["rewards"][:, -1].sum(1).mean().item()
+                    scores[f"{split}_success"] = results["success"][:, -1].mean().item()
                 scores = {name: value for name, value in scores.items() if not math.isnan(value)}
                 row |= scores
             elapsed = time.monotonic() - started
             seconds += elapsed
-            row |= {"iteration": iteration, "env_steps": env_steps, "learning_rate": learning_rate}
+            row |= {"iteration": iteration, "env_steps": env_steps, "wall_seconds": seconds}
             row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
-            row |= {"wall_seconds": seconds, "steps_per_second": new_steps / elapsed}
+            row["steps_per_second"] = new_steps / elapsed
             rows.append({name: value for name, value in row.items() if not math.isnan(value)})
-            if process == 0:
+            if run:
                 save_run(run, args, agent, optimizer, rows)
                 for name, value in rows[-1].items():
                     board.add_scalar(name, value, env_steps)
@@ -731,67 +881,96 @@ def train(agent: Agent, optimizer: Optimizer, envs: VectorEnv, args: Args, run: 
                 bar.set_postfix({"train_return": row["train_return"]} | scores)
 
 
-def finish(agent: Agent, envs: VectorEnv, args: Args, run: Path, env_steps: int) -> None:
-    """Meta-tests the run and analyses its memories: writes the npz files, prints the summary table."""
-    print("meta-testing with frozen weights")
+def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
+    """Meta-tests the run and analyses its memories. The process that has a run writes the files, prints the table."""
     tests = meta_test(agent, envs, args, args.test_episodes)
     files = {"meta_test" if split == "test" else split: arrays for split, arrays in tests.items()}
-    for name, arrays in (files | analyse_memories(agent, envs, args)).items():
-        write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
-    print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
-    print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
-    for split, arrays in tests.items():
-        for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
-            if not np.isnan(values).any():
-                print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
-    print(f"written to {run}; draw it with: python plot.py {run}")
+    if agent.refine is not None:
+        files |= analyse_memories(agent, envs, args)
+    if not run:
+        return
+    made_with = {name: getattr(args, name) for name in ("seed", "test_tasks", "test_episodes")}
+    made_with["env_steps"] = rows[-1]["env_steps"] if rows else 0
+    try:
+        for name, arrays in files.items():
+            write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
+        write_json(run / "tests.json", made_with)
+        print(f"\nwritten to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
+    finally:  # where nothing can be written, the table is still worth its minutes
+        print(
+            f"\n{args.env}, seed {args.seed}, {made_with['env_steps']:,} steps: means over {args.test_tasks} tasks a row"
+        )
+        print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
+        for split, arrays in tests.items():
+            for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
+                if not np.isnan(values).any():
+                    print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
+
+
+def make_folder(args: Args, method: str) -> Path:
+    """Makes <runs_dir>/<env>-<method>-<flags that differ from the defaults>-s<seed>-<time>."""
+    name, default = f"{args.env}-{method}", default_args(type(args), args.env)
+    for flag, value in vars(args).items():
+        if value != getattr(default, flag) and flag not in ("seed", "runs_dir", "device"):
+            name += f"{flag_of(flag)[1:]}-{value}"
+    run = Path(args.runs_dir, f"{name[:150]}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    try:
+        run.mkdir(parents=True)
+    except OSError:
+        raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written") from None
+    return run
 
 
 def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_class: type[Args] = Args) -> int:
     """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
-    first = int(os.environ.get("RANK", 0)) == 0
-    run, rows = None, []
+    under_torchrun, run, rows = distributed.is_torchelastic_launched(), None, []
+    first = not under_torchrun or os.environ["RANK"] == "0"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at these sizes a second one gains nothing, and waits for others that use the cores
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know η
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends it without a word when nobody reads on, as in | head -1
     try:
         args, checkpoint = parse(sys.argv[1:] if argv is None else argv, args_class, agent_class.method)
-        make_env = functools.partial(ENVS[args.env], seed=args.seed)
-        envs = TaskVectorEnv(make_env, processes=min(torch.get_num_threads(), args.num_tasks))
-        torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
-        agent = agent_class(envs, args).to(args.device)
-        optimizer = Adam(agent.parameters(), eps=1e-5, fused=True)
-        if "RANK" in os.environ:  # after Adam: its imports would keep the group's threads alive, to abort the exit
-            distributed.init_process_group(timeout=timedelta(hours=6))  # the meta-tests of the first may take long
+        if under_torchrun and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        agent, envs = make_agent(agent_class, args, checkpoint)
+        optimizer = agent.to(args.device).optimizer(args)
+        if under_torchrun:  # after Adam: its imports would keep the group's threads alive, to abort the exit
+            distributed.init_process_group("gloo")
         if checkpoint:
-            run, rows = Path(args.resume or args.test), checkpoint["rows"]
-            try:
-                agent.load_state_dict(checkpoint["agent"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"{run}: its network has another shape than --env, --layers, ... say") from error
-        elif first:
-            run = Path(args.runs_dir, f"{args.env}-{agent.method}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-            try:
-                run.mkdir(parents=True)
-            except OSError:
-                raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written") from None
-        if not args.test:
-            if first:
-                save_run(run, args, agent, optimizer, rows)
-            train(agent, optimizer, envs, args, run, rows)
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            rows = checkpoint["rows"]
         if first:
-            finish(agent.to("cpu"), envs, args, run, rows[-1]["env_steps"] if rows else 0)
-        all_reduce(torch.zeros(1, device=args.device))  # nobody leaves before the first is done: torchrun would end it
+            run = Path(args.resume or args.test) if checkpoint else make_folder(args, agent.method)
+            size = sum(parameter.numel() for parameter in agent.parameters())
+            print(
+                f"{run}: {size:,} parameters on {args.device}, processes: {rank_and_processes()[1]}", end="", flush=True
+            )
+            print(f"; standing still returns {envs[0].standing_still:g}" if hasattr(envs[0], "standing_still") else "")
+        if first and not args.test:
+            save_run(run, args, agent, optimizer, rows)
+        if not args.test:
+            train(agent, optimizer, envs, args, run, rows)
+        finish(agent.to("cpu"), envs, args, run, rows)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    except RunFailed as error:
-        print(f"error: {args.env}, iteration {len(rows) + 1}: {error}; {run} holds what came before", file=sys.stderr)
+    except (RunFailed, OSError) as error:
+        print(f"error: {error}" + (f"; {run} holds the {len(rows)} iterations before" if run else ""), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python {sys.argv[0]} --resume {run}" if run and not args.test else "\nstopped")
+        go_on = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+        if first:
+            print("\nstopped" + (f"; go on with: {go_on}" if run and not args.test else ""))
         return 130
     finally:
+        torch.set_num_threads(threads)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
