@@ -58,7 +58,6 @@ from torch.distributions import Normal
 from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
@@ -669,9 +668,7 @@ ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
 }
 NO_KL_LIMIT = dict(update_epochs=6, target_kl=None)
 DEFAULTS: dict[str, dict] = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
-    "PointMass": dict(
-        num_tasks=40, layers=2, heads=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000
-    ),
+    "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": dict(num_tasks=10, **NO_KL_LIMIT),
     "AntDir57": dict(num_tasks=10, **NO_KL_LIMIT),
     "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
@@ -681,25 +678,17 @@ DEFAULTS: dict[str, dict] = {  # Args' values were chosen on HalfCheetahVel; why
 
 
 # --- A run: flags checked, checkpoint, outer loop ---------------------------------------------------------------------
-def whole_number(text: str) -> int:
-    if not float(text).is_integer():  # 1e6 is one
-        raise ValueError(f"{text} is not a whole number")
-    return int(float(text))
-
-
 def command_line(argv: list[str], default: Args) -> Args:
     """The flags in argv, else default's values, by tyro; --help shows them under the one-word comments of Args."""
+    argv = [f"{float(word):.0f}" if re.fullmatch(r"\d+(\.\d+)?e\d+", word) else word for word in argv]  # 1e6 is whole
     group, group_of, help_of, groups = "", {}, {}, {}
     source = "".join(inspect.getsource(cls) for cls in reversed(type(default).__mro__[:-1]))
     for heading, name, text in re.findall(r"^    (?:# (\w+)$|(\w+): .*?  # (.*))", source, re.MULTILINE):
-        group, help_of[name] = heading or group, text
+        group, help_of[name] = heading or group, tyro.conf.arg(help=text)
         group_of.setdefault(name, group)
-    integer = PrimitiveConstructorSpec(
-        1, "INT", lambda t: whole_number(*t), lambda x: type(x) is int, lambda x: [str(x)]
-    )
     for name, kind in get_type_hints(type(default), include_extras=True).items():
-        annotated = Annotated[Annotated[int, integer] if kind is int else kind, tyro.conf.arg(help=help_of[name])]
-        groups.setdefault(group_of[name], []).append((name, annotated, getattr(default, name)))
+        flag = name, Annotated[kind, help_of[name]], getattr(default, name)
+        groups.setdefault(group_of[name], []).append(flag)
     classes = {name: make_dataclass(name, flags) for name, flags in groups.items()}
     fields = [(name, tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls)) for name, cls in classes.items()]
     chosen = tyro.cli(make_dataclass("Flags", fields), args=argv, description=type(default).__doc__)
@@ -710,8 +699,8 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check(args: Args) -> None:
-    """Raises UserError for a value that no run can have."""
+def check(args: Args) -> Args:
+    """Returns args. Raises UserError for a value that no run can have."""
     if args.env not in ENVS:
         raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
     limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
@@ -725,55 +714,44 @@ def check(args: Args) -> None:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
+    return args
 
 
 def default_args(args_class: type[Args], env: str) -> Args:
     """An environment's defaults, except where a method has its own."""
     values = {"env": env} | DEFAULTS.get(env, {})
-    return args_class(
-        **{name: value for name, value in values.items() if getattr(args_class, name) == getattr(Args, name)}
-    )
-
-
-def read_checkpoint(folder: Path, method: str) -> dict:
-    """Raises UserError for what is not the whole checkpoint of a run of this method."""
-    try:
-        damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # by its checksums, which torch.load passes over
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        made_by, _ = checkpoint["args"]["method"], [checkpoint[name] for name in ("rows", "agent", "optimizer")]
-    except Exception as error:  # zipfile and torch raise a dozen kinds for a file that is missing, damaged or another
-        raise UserError(f"--resume, --test: take a run's folder; {folder} has no checkpoint.pt to be read") from error
-    if damaged:
-        raise UserError(f"--resume, --test: take a run's folder; the checkpoint.pt of {folder} is damaged")
-    if made_by != method:
-        raise UserError(f"--resume, --test: {folder} is a run of {made_by}, not of {method}")
-    return checkpoint
+    own = [name for name in values if getattr(args_class, name) != getattr(Args, name)]
+    return args_class(**{name: value for name, value in values.items() if name not in own})
 
 
 def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
-    """The flags over their environment's defaults; or over those of a stored run, and that run's checkpoint.
-
-    Of a stored run only what leaves it the same run may change: how it is tested, and how long it goes on."""
+    """The flags over their environment's defaults; or over those of a stored run, and that run's checkpoint."""
     asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
-    if not (asked.resume or asked.test):
-        check(asked)
-        args = command_line(argv, default_args(args_class, asked.env))
-        check(args)
-        return args, {}
+    folder = asked.resume or asked.test
+    if not folder:
+        return check(command_line(argv, default_args(args_class, check(asked).env))), {}
+    problem = f"--resume, --test: {folder} "
     if asked.resume and asked.test:
         raise UserError("--resume, --test: take one of the two")
-    folder = asked.resume or asked.test
-    checkpoint = read_checkpoint(Path(folder), method)
-    stored = {name: value for name, value in checkpoint["args"].items() if name not in ("method", "versions")}
+    try:
+        if zipfile.ZipFile(Path(folder, "checkpoint.pt")).testzip():  # its checksums, which torch.load does not look at
+            raise zipfile.BadZipFile
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        stored = dict(checkpoint["args"])
+        made_by, _ = stored.pop("method"), stored.pop("versions")
+    except Exception as error:  # of a dozen kinds, for a file that is missing, damaged or something else
+        raise UserError(problem + "is no run's folder, or its checkpoint.pt is damaged") from error
+    if made_by != method:
+        raise UserError(problem + f"is a run of {made_by}, not of {method}")
     if unknown := set(stored) - set(vars(asked)):
-        raise UserError(f"--resume, --test: {folder} was made with {flag_of(min(unknown))}, which is not known here")
-    stored = replace(default_args(args_class, stored["env"]), **stored)  # a flag that is newer has its default
-    args = command_line(argv, stored)
-    check(args)
+        raise UserError(problem + f"was made with {flag_of(min(unknown))}, which is not known here")
+    before = replace(default_args(args_class, stored["env"]), **stored)  # a flag newer than the run has its default
+    args = check(command_line(argv, before))
+    # Only what leaves it the same run may change. An annealed run was made for its number of steps.
     may_change = ["device", "test_tasks", "test_episodes"]
     may_change += ["seed"] if args.test else ["eval_interval"] if args.anneal else ["eval_interval", "total_timesteps"]
-    for name, value in vars(stored).items():
-        if getattr(args, name) != value and name not in [*may_change, "resume", "test"]:
+    for name, value in vars(before).items():
+        if getattr(args, name) != value and name not in ["resume", "test", *may_change]:
             flags = ", ".join(map(flag_of, may_change))
             raise UserError(f"{flag_of(name)} {getattr(args, name)}: {folder} has {value}; it can only change {flags}")
     return args, checkpoint
@@ -811,18 +789,14 @@ def write(path: Path, save: Callable[[io.BytesIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, values: dict) -> None:
-    libraries = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
-    write(path, lambda file: file.write(json.dumps(values | {"versions": libraries}, indent=2).encode()))
-
-
 def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: list[dict]) -> None:
     """checkpoint.pt, which is all that resuming needs; args.json and progress.csv, for all others."""
     values = {name: value for name, value in vars(args).items() if name not in ("resume", "test")}
-    values["method"] = agent.method
+    libraries = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
+    values |= {"method": agent.method, "versions": libraries}
     checkpoint = {"args": values, "rows": rows, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    write_json(run / "args.json", values)
+    write(run / "args.json", lambda file: file.write(json.dumps(values, indent=2).encode()))
     columns = (
         "iteration env_steps wall_seconds train_return train_success test_return test_success ood_return "
         "steps_per_second rollout_seconds update_seconds gradient_steps policy_loss value_loss entropy approx_kl "
@@ -842,8 +816,7 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
     scores = {}  # of the last evaluation
     if run:
         board = SummaryWriter(run)
-        flags = "".join(f"| {name} | {value} |\n" for name, value in vars(args).items())
-        board.add_text("flags", "| flag | value |\n| --- | --- |\n" + flags)
+        board.add_text("flags", "".join(f"    {name} = {value}\n" for name, value in vars(args).items()))
     with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=not run) as bar:
         while env_steps < args.total_timesteps:
             started, iteration = time.monotonic(), len(rows) + 1
@@ -889,17 +862,14 @@ def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[di
         files |= analyse_memories(agent, envs, args)
     if not run:
         return
-    made_with = {name: getattr(args, name) for name in ("seed", "test_tasks", "test_episodes")}
-    made_with["env_steps"] = rows[-1]["env_steps"] if rows else 0
+    env_steps = rows[-1]["env_steps"] if rows else 0
     try:
-        for name, arrays in files.items():
+        for name, arrays in files.items():  # each says what it was made with
+            arrays |= {"seed": args.seed, "env_steps": env_steps}
             write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
-        write_json(run / "tests.json", made_with)
         print(f"\nwritten to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
     finally:  # where nothing can be written, the table is still worth its minutes
-        print(
-            f"\n{args.env}, seed {args.seed}, {made_with['env_steps']:,} steps: means over {args.test_tasks} tasks a row"
-        )
+        print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
         print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
         for split, arrays in tests.items():
             for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
@@ -947,10 +917,9 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         if first:
             run = Path(args.resume or args.test) if checkpoint else make_folder(args, agent.method)
             size = sum(parameter.numel() for parameter in agent.parameters())
-            print(
-                f"{run}: {size:,} parameters on {args.device}, processes: {rank_and_processes()[1]}", end="", flush=True
-            )
-            print(f"; standing still returns {envs[0].standing_still:g}" if hasattr(envs[0], "standing_still") else "")
+            line = f"{run}: {size:,} parameters, device {args.device}, processes {rank_and_processes()[1]}"
+            still = getattr(envs[0], "standing_still", None)
+            print(line + (f", standing still returns {still:g}" if still else ""), flush=True)
         if first and not args.test:
             save_run(run, args, agent, optimizer, rows)
         if not args.test:
