@@ -24,9 +24,7 @@ Sec. 5.1       meta-training               train
 """
 
 import functools
-import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -34,21 +32,17 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, get_type_hints
 
 import gymnasium
 import mujoco
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
@@ -64,12 +58,10 @@ from tqdm import tqdm
 class Args:
     """TrMRL: meta-train on a distribution of tasks, then meta-test with frozen weights."""
 
-    # task
-    env: str = "HalfCheetahVel"  # HalfCheetahVel, AntDir, AntDir57, ML1-Reach, ML1-Push, ML45-Train or PointMass
+    env: str = "HalfCheetahVel"  # [task] HalfCheetahVel, AntDir, AntDir57, ML1-Reach, ML1-Push, ML45-Train or PointMass
     num_tasks: int = 20  # tasks of an iteration; each gives one trial (Sec. 5.1)
     episodes_per_trial: int = 2  # E, the episodes of one task that are concatenated (Sec. 5.1)
-    # model
-    memory_length: int = 5  # N, the number of working memories, the current one included (Sec. 4.1)
+    memory_length: int = 5  # [model] N, the number of working memories, the current one included (Sec. 4.1)
     layers: int = 4  # L, the transformer layers, each of which refines the episodic memory once (Eq. 6)
     heads: int = 4  # ω, the attention heads (Eq. 1); a divisor of d_model
     d_model: int = 32  # d, the size of a memory
@@ -77,8 +69,7 @@ class Args:
     init_std: float = 0.3  # initial std of the policy (learned, never above this)
     input_limit: float = 3.0  # normalised inputs are clipped to ± this many standard deviations
     min_input_std: float = 0.5  # an input that varies less is divided by this instead of its own std
-    # ppo
-    total_timesteps: int = 4_000_000  # environment steps of meta-training, rounded up to whole iterations
+    total_timesteps: int = 4_000_000  # [PPO] environment steps of meta-training, rounded up to whole iterations
     learning_rate: float = 5e-4  # Adam's learning rate
     anneal: bool = True  # lower the learning rate linearly to 0, and the bound on the policy's std with its square root
     gamma: float = 0.95  # discount factor
@@ -88,12 +79,10 @@ class Args:
     minibatch_size: int = 200  # steps of a minibatch, drawn from all tasks
     target_kl: float | None = 0.04  # an update ends once the mean approx_kl of its last 40 minibatches is above this
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm if it is larger
-    # evaluation
-    eval_interval: int = 10  # iterations from one evaluation on test and OOD tasks to the next
+    eval_interval: int = 10  # [evaluation] iterations from one evaluation on test and OOD tasks to the next
     test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again
     test_episodes: int = 6  # episodes of each task in a meta-test (Fig. 5); the refinement analysis takes half of them
-    # run
-    seed: int = 1  # fixes all that is random: tasks, initial weights, exploration
+    seed: int = 1  # [run] fixes all that is random: tasks, initial weights, exploration
     runs_dir: str = "runs"  # the folder in which the run's own folder is made
     device: str = "cpu"  # where the network is trained, as torch names it; it always acts on the CPU
     resume: str | None = None  # a run's folder: go on from its checkpoint
@@ -129,10 +118,8 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
     def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Refines queries (B, C, d), the last C of memories (B, N, d). Returns them and α of Eq. 4, (B, ω, C, N).
-
-        mask (B, 1, C, N) is added where Eq. 1 multiplies by M: 0 where a query may attend, else a large negative number.
-        """
+        """Refines queries (B, C, d), the last C of memories (B, N, d); returns them and α of Eq. 4, (B, ω, C, N).
+        mask (B, 1, C, N) is the logarithm of Eq. 1's M: 0 where a query may attend, else a large negative number."""
         split = (self.heads, -1)
         Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, C, d/ω)
         K = self.key(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
@@ -141,13 +128,12 @@ class TransformerLayer(nn.Module):
         alpha = (Q @ K.transpose(2, 3) / math.sqrt(Q.shape[3]) + mask).softmax(3)
         h = (alpha @ V).transpose(1, 2).flatten(2)  # Concat(h_1, …, h_ω), each the μ of Eq. 3 and 5: (B, C, d)
         x = self.attention_norm(queries + self.output(h))
-        return self.feed_forward_norm(x + self.feed_forward_out(F.relu(self.feed_forward_in(x)))), alpha
+        return self.feed_forward_norm(x + self.feed_forward_out(torch.relu(self.feed_forward_in(x)))), alpha
 
 
 @torch.no_grad()
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
     """T-Fixup (Sec. 3.3), in place, on layers that are Xavier already. The N of the paper's 0.67 N^(-1/4) is L here.
-
     As in Huang et al. (2020) and unlike the paper, queries and keys stay Xavier and the embedding is × (9 L)^(-1/4)."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
@@ -174,7 +160,6 @@ def named(transitions, num_observations: int) -> tuple:
 @dataclass
 class Trial:
     """E episodes of H steps of each of n tasks, one after the other: T = E · H steps.
-
     A task that died rests till its episode ends: those steps are not valid, and their s, a, r and η are 0."""
 
     transitions: Tensor  # (T + 1, n, S + A + 2), rows (s, a, r, η); the last has the s after the trial, and zeros
@@ -188,7 +173,6 @@ class Trial:
 
 def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple[Tensor, Tensor]:
     """D of Alg. 1: the N - 1 most recent transitions of the episode, then the current one. An episode starts without.
-
     t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2); t = T counts to the last episode. Returns
     windows (B, N, S + A + 2) and filled (B, N), which is False at the PADs in front."""
     start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)
@@ -213,15 +197,13 @@ class Agent(nn.Module):
         super().__init__()
         self.num_observations, self.num_actions = env.observation_space.shape[0], env.action_space.shape[0]
         self.horizon, self.input_limit, self.min_input_std = env.horizon, args.input_limit, args.min_input_std
-        inputs = self.num_observations + self.num_actions + 2
         # Moments of all transitions so far. They start as if there had been a single one, with mean 0 and variance 1.
         self.register_buffer("input_count", torch.ones(()))
-        self.register_buffer("input_mean", torch.zeros(inputs))
-        self.register_buffer("input_var", torch.ones(inputs))
+        self.register_buffer("input_mean", torch.zeros(self.num_observations + self.num_actions + 2))
+        self.register_buffer("input_var", torch.ones_like(self.input_mean))
         self.build(args)
 
     def build(self, args: Args) -> None:
-        """Makes the network."""
         self.memory_length = args.memory_length
         self.phi = nn.Linear(len(self.input_mean), args.d_model)
         nn.init.zeros_(self.phi.bias)
@@ -239,11 +221,9 @@ class Agent(nn.Module):
         self.register_buffer("causal", torch.ones(args.memory_length, args.memory_length, dtype=torch.bool).tril())
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        """Inputs with mean 0 and std 1 over all that training has seen, clipped to ± input_limit.
-
-        A std below min_input_std counts as min_input_std. Else MetaWorld's objects, whose places differ by centimetres
-        from goal to goal, would be as loud as all other inputs, and the agent would learn the training goals by heart.
-        """
+        """Inputs with mean 0 and std 1 over all that training has seen, clipped to ± input_limit. A std below
+        min_input_std counts as that: else MetaWorld's objects, whose places differ by centimetres from goal to goal,
+        would be as loud as all other inputs, and the agent would learn the training goals by heart."""
         std = self.input_var.sqrt().clamp(min=self.min_input_std)
         return ((transitions - self.input_mean) / std).clamp(-self.input_limit, self.input_limit)
 
@@ -257,10 +237,10 @@ class Agent(nn.Module):
         self.input_count += len(transitions)
 
     @torch.no_grad()
-    def rescale_value(self, mean: Tensor, std: Tensor) -> None:
-        """Makes these returns' mean and std the value head's 0 and 1, without changing what it predicts (PopArt, van
-        Hasselt et al. 2016). Else the head would first have to grow to the size of the returns, and learning would wait.
-        """
+    def rescale_value(self, returns: Tensor) -> None:
+        """Makes these returns' mean and std the value head's 0 and 1, but changes nothing that it predicts (PopArt, van
+        Hasselt et al. 2016). Else learning would wait till the head has grown to the size of the returns."""
+        mean, std = returns.mean(), returns.std(correction=0).clamp(min=0.01)
         self.value.weight *= self.return_std / std
         self.value.bias.copy_((self.value.bias * self.return_std + self.return_mean - mean) / std)
         self.return_mean.copy_(mean)
@@ -269,15 +249,12 @@ class Agent(nn.Module):
     def working_memories(self, windows: Tensor) -> Tensor:
         """φ(s, a, r, η) of Sec. 4.1: windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
-        # Alg. 1: a, r and η of the current step are PADs. The buffer has them when training, but acting did not.
-        x[:, -1, self.num_observations :] = 0
+        x[:, -1, self.num_observations :] = 0  # Alg. 1: a, r, η are PADs. The buffer has them, but acting did not.
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The current step's memories e⁰ … e^L (Eq. 6), each (B, d), and each layer's α from it, (B, ω, N).
-
-        t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2). A method without memories has None
-        instead of this function."""
+        t (B,) and task (B,) name steps of the transitions. A method without memories has None instead of this."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # Alg. 1: e⁰ ← φ, with a position (Sec. 3.2): (B, N, d)
         # PADs are never attended to. A PAD's own row, which nobody reads, would be 0 / 0 if the mask were not finite.
@@ -300,11 +277,9 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, transitions: Tensor, t: int, alive: Tensor, noise: Tensor, state) -> tuple:
-        """Draws a_t ∼ π(· | e^L) for n tasks: returns actions (n, A), their log-probabilities (n,), values (n,) and state.
-
-        transitions (T + 1, n, S + A + 2) hold the trial up to s of step t. alive (n,) is False after a death. noise
-        (n, A) is standard normal, or 0 for the mean action. state is what the method wants back at the next step, None
-        at first: TrMRL needs none, as its memory is the window; RL² keeps its GRU's (baselines/rl2.py)."""
+        """Draws a_t ∼ π(· | e^L): returns actions (n, A), log-probabilities (n,), values (n,) and state. transitions
+        (T + 1, n, S + A + 2) hold the trial up to s_t, alive (n,) is False after a death, noise (n, A) is normal, or 0
+        for the mean action. state comes back at the next step, None at first: RL² keeps its GRU's there."""
         n = transitions.shape[1]
         mean, value = self(transitions, torch.full((n,), t), torch.arange(n))
         std = self.log_std.exp()
@@ -347,7 +322,6 @@ def gather(mine: object) -> list:
 
 def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks (n, ·) at once: E episodes of each, in an environment each. Without explore, by mean actions.
-
     Raises RunFailed if the simulator or the policy returns a NaN or an infinity."""
     S, A, T = agent.num_observations, agent.num_actions, E * agent.horizon
     rank, processes = rank_and_processes()
@@ -357,9 +331,7 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
     log_probs, values = np.zeros((T, len(mine)), dtype=np.float32), np.zeros((T + 1, len(mine)), dtype=np.float32)
     valid, success = np.zeros((T, len(mine)), dtype=bool), np.full((T, len(mine)), np.nan, dtype=np.float32)
     buffer, state = torch.from_numpy(transitions), None  # the same numbers, as torch sees them
-    low, high = envs[0].action_space.low, envs[0].action_space.high
-    alive = np.ones(len(mine), dtype=bool)
-
+    alive, box = np.ones(len(mine), dtype=bool), envs[0].action_space
     bar = tqdm(range(T), "testing", leave=False, delay=1, disable=explore or rank > 0)  # training has a bar of its own
     for t in bar:  # Alg. 1: while episode not done
         if t % agent.horizon == 0:
@@ -368,23 +340,22 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
                 envs[i].task = tasks[task]
                 s[t, i], _ = envs[i].reset(seed=int(seeds[i]))  # s_next ← s_0
             alive[:] = True
-        noise = explore * rng.standard_normal(
-            (len(tasks), A), dtype=np.float32
-        )  # for all tasks, whoever simulates them
-        arguments = torch.from_numpy(alive), torch.from_numpy(noise[mine]), state
+        noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # the same for any processes
+        arguments = torch.from_numpy(alive), torch.from_numpy(noise), state
         action, log_probs[t], values[t], state = agent.act(buffer, t, *arguments)  # a_t ∼ π
-        last_step = (t + 1) % agent.horizon == 0
-        valid[t] = alive
+        valid[t], last_step = alive, (t + 1) % agent.horizon == 0
         for i in np.flatnonzero(alive):
             a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with the a that was drawn, not the one that was clipped
-            s_next, r[t, i], died, _, info = envs[i].step(a[t, i].clip(low, high))  # collect (s_{t+1}, r_t, η_t)
+            s_next, r[t, i], died, _, info = envs[i].step(
+                a[t, i].clip(box.low, box.high)
+            )  # collect (s_{t+1}, r_t, η_t)
             success[t, i] = info.get("success", np.nan)
             alive[i] = not died
             eta[t, i] = (died or last_step) and t < T - 1  # the trial's end is not one: V looks past it
             if not died:  # what is seen at a death is never looked at
                 s[t + 1, i] = s_next  # s_next ← s_{t+1}
-    _, _, value, _ = agent.act(buffer, T, torch.from_numpy(alive), torch.zeros(len(mine), A), state)
-    values[T] = value.numpy() * alive  # V goes on after the trial, but not after a death
+    arguments = torch.from_numpy(alive), torch.zeros(len(mine), A), state
+    values[T] = agent.act(buffer, T, *arguments)[2].numpy() * alive  # V goes on after the trial, but not after a death
     arrays = transitions, a[:-1], r[:-1], log_probs, values, valid, success
     trial = Trial(*(torch.from_numpy(np.concatenate(parts, axis=1)) for parts in zip(*gather(arrays))))
     if not torch.isfinite(trial.transitions).all():
@@ -395,7 +366,6 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation along the whole trial, through the episodes' ends; both (T, n).
-
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
     trajectory" (Sec. 5.1). After a death, the rest of the episode passes as steps with reward 0. If it were left out,
     the next episode would begin at once, and dying would cost nothing. For example, in an episode of 8 steps that dies
@@ -417,30 +387,23 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, at least 0.01: what hardly varies must not be divided by almost nothing."""
-    return x.mean(), x.std(correction=0).clamp(min=0.01)
-
-
 def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator) -> dict:
     """Up to update_epochs passes over the trial's valid steps, in minibatches that mix all tasks; returns statistics.
-
     Under torchrun each process takes its share of every minibatch, and gradients are summed.
     Raises RunFailed if a gradient is not finite, before the step that it would have spoilt."""
     rank, processes = rank_and_processes()
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
-    agent.rescale_value(*mean_and_std(returns[t, task]))
-    mean, std = mean_and_std(advantages[t, task])
+    agent.rescale_value(returns[t, task])
+    mean, std = advantages[t, task].mean(), advantages[t, task].std(correction=0).clamp(min=0.01)
     explained_variance = 1 - (std / agent.return_std) ** 2  # an advantage is a return less its value
     advantages = (advantages - mean) / std
     number = math.ceil(len(t) / args.minibatch_size)  # of minibatches in an epoch
-    size = len(t) / number
+    size = len(t) / number  # of a minibatch, on average
     epochs = [torch.from_numpy(rng.permutation(len(t))).tensor_split(number) for _ in range(args.update_epochs)]
     statistics, norms = [], []
-    for minibatch in itertools.chain(*epochs):
-        share = minibatch[rank::processes]
-        at = t[share], task[share]
+    for minibatch in [minibatch[rank::processes] for epoch in epochs for minibatch in epoch]:
+        at = t[minibatch], task[minibatch]
         mean, value = agent(trial.transitions, *at)
         policy = Normal(mean, agent.log_std.exp(), validate_args=False)  # the gradient's norm shows what is not finite
         log_ratio = policy.log_prob(trial.a[at]).sum(1) - trial.log_probs[at]
@@ -454,9 +417,7 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
         losses = policy_loss, value_loss, policy.entropy().sum() / size, approx_kl / size, clipped / size
         statistics.append(torch.stack(losses).detach())
         if processes > 1:
-            shares = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None] + statistics[
-                -1:
-            ]
+            shares = [*(x.grad for x in agent.parameters() if x.grad is not None), statistics[-1]]
             total = sum(gather(nn.utils.parameters_to_vector(shares).cpu().numpy()))
             nn.utils.vector_to_parameters(torch.from_numpy(total).to(args.device), shares)
         # The mean of many minibatches, as one of them is noisy; of the last ones, as a policy can be lost within a few.
@@ -487,7 +448,6 @@ def episode_results(trial: Trial, episodes: int) -> tuple[np.ndarray, np.ndarray
 
 def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
     """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of test_tasks held-out tasks, by mean actions.
-
     Returns for "test" and, where there are such tasks, "ood": rewards (tasks, episodes, H), success (tasks, episodes),
     tasks (tasks, ·) and observations (tasks, H, S) of the first episode."""
     results = {}
@@ -495,8 +455,7 @@ def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, 
         tasks = envs[0].sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
         trial = agent.collect(envs, tasks, episodes, random_stream(args.seed, "meta-test"), explore=False)
         rewards, success = episode_results(trial, episodes)
-        s, *_ = named(trial.transitions[: agent.horizon], agent.num_observations)
-        observations = s.transpose(0, 1).numpy()
+        observations = named(trial.transitions[: agent.horizon], agent.num_observations)[0].transpose(0, 1).numpy()
         results[split] = dict(rewards=rewards, success=success, tasks=tasks, observations=observations)
     return results
 
@@ -504,37 +463,30 @@ def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, 
 @torch.no_grad()
 def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str, np.ndarray]]:
     """What the memories of each layer hold, for refinement.npz, working_memories.npz and attention.npz.
-
     Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
     model from e^l to the policy's mean action, fitted on two tasks of every three and tested on the third.
-    Fig. 8, latents: φ of whole transitions. Attention: what the current memory attends to, averaged over all steps."""
+    Fig. 8, latents: φ of whole transitions. Attention: what the current memory attends to, averaged over steps."""
     rng = random_stream(args.seed, "refinement")
-    tasks = envs[0].sample_tasks("test", args.test_tasks + math.ceil(args.test_tasks / 2), rng)
+    tasks = envs[0].sample_tasks("test", math.ceil(1.5 * args.test_tasks), rng)
     trial = agent.collect(envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
+    trial.valid[torch.arange(len(trial.valid)) % 5 > 0] = False  # every fifth step is enough
     t, task = trial.valid.nonzero(as_tuple=True)
-    memories, attention = [], []
-    chunks = torch.arange(len(t)).split(4096)
-    for chunk in tqdm(chunks, "analysing", leave=False, delay=1, disable=rank_and_processes()[0] > 0):
-        some_memories, some_attention = agent.refine(trial.transitions, t[chunk], task[chunk])
-        memories.append(torch.stack(some_memories))
-        if some_attention:
-            attention.append(torch.stack(some_attention).mean(2))  # (L, B, N): the mean over heads
-    memories = torch.cat(memories, dim=1)  # (L + 1, steps, d)
-    representation_error = 1 - F.cosine_similarity(memories, memories[-1:], dim=2).mean(1)
+    memories, attention = agent.refine(trial.transitions, t, task)
+    memories = torch.stack(memories)  # (L + 1, steps, d)
     actions = agent.policy(memories[-1]).double().numpy()  # (steps, A)
     fitted = task.numpy() % 3 < 2  # interleaved, as ML45's tasks are in the order of its environments
-    regression_mse = []
-    for memory in memories.double().numpy():
+    errors = {"representation_error": 1 - torch.cosine_similarity(memories, memories[-1:], dim=2).mean(1).numpy()}
+    errors["regression_mse"] = np.zeros(len(memories))
+    for layer, memory in enumerate(memories.double().numpy()):
         features = np.concatenate([memory, np.ones((len(memory), 1))], axis=1)
         weights = np.linalg.lstsq(features[fitted], actions[fitted])[0]
-        regression_mse.append(np.square(features[~fitted] @ weights - actions[~fitted]).mean())
-    sample = (t < agent.horizon) & (t % 5 == 0)  # enough for a picture
-    embedding = agent.phi(agent.normalise(trial.transitions[t[sample], task[sample]]))
-    files = {"working_memories": {"embedding": embedding.numpy(), "task": tasks[task[sample].numpy(), 0]}}
-    errors = {"representation_error": representation_error.numpy(), "regression_mse": np.array(regression_mse)}
+        errors["regression_mse"][layer] = np.square(features[~fitted] @ weights - actions[~fitted]).mean()
+    t, task = t[t < agent.horizon], task[t < agent.horizon]
+    embedding = agent.phi(agent.normalise(trial.transitions[t, task])).numpy()
+    files = {"refinement": errors, "working_memories": {"embedding": embedding, "task": tasks[task.numpy(), 0]}}
     if attention:
-        files["attention"] = {"weights": torch.cat(attention, dim=1).mean(1).numpy()}  # (L, N)
-    return files | {"refinement": errors}
+        files["attention"] = {"weights": torch.stack(attention).mean((1, 2)).numpy()}  # (L, N), means over steps, heads
+    return files
 
 
 # --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
@@ -589,7 +541,6 @@ class HalfCheetahVel(HalfCheetahEnv):
 
 class AntDir(AntEnv):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
-
     A task is the goal's angle (rad). An episode ends where the torso leaves [0.2, 1] m or the state is not finite."""
 
     horizon, splits, task, standing_still = 200, ("train", "test"), np.zeros(1), 200.0
@@ -611,33 +562,24 @@ class AntDir(AntEnv):
 
 class MetaWorld(gymnasium.Env):
     """MetaWorld's ML1 (one environment, 50 training goals and 50 held out) or ML45-Train (45, tested as trained).
-
     A task is a number, 100 · environment + goal, goals from 50 on being held out. The observation hides the goal."""
 
     horizon, splits, task = 500, ("train", "test"), np.zeros(1)
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float64)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,))
-    idle: dict[str, list] = {}  # this process's simulators that no copy is using, by name: 24 MB and 0.2 s each
+    goals: dict[tuple, list] = {}  # 50 of training, then 50 held out, by environment and seed: a second each
+    idle: dict[str, list] = {}  # simulators that no copy of this environment is using, by name: 24 MB and 0.2 s each
 
-    def __init__(self, names: tuple[str, ...] | None, held_out: bool, seed: int):
-        from metaworld import env_dict  # here, as it takes a second and only MetaWorld needs it
+    def __init__(self, seed: int, name: str | None = None):
+        import metaworld  # here, as it takes a second and only MetaWorld needs it
 
-        self.names = names or tuple(env_dict.ML45_V3["train"])
-        self.held_out, self.seed, self.classes = held_out, seed, env_dict.ALL_V3_ENVIRONMENTS
+        self.metaworld, self.seed, self.held_out = metaworld, seed, name is not None
+        self.names = [name] if name else list(metaworld.env_dict.ML45_V3["train"])
         self.name = self.simulator = None
 
-    @staticmethod
-    @functools.cache
-    def goals(name: str, seed: int) -> list:
-        """An environment's 50 goals of training, then the 50 held out; takes a second."""
-        from metaworld import ML1
-
-        benchmark = ML1(name, seed)
-        return benchmark.train_tasks + benchmark.test_tasks
-
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
-        """Every environment, and every goal, comes once before any comes again. Sorted, so that a process of
-        torchrun's needs the simulators of few environments."""
+        """Each environment, and each goal, comes once before any comes again. In the order of environments, so that a
+        process of torchrun's needs the simulators of few."""
         environments = np.sort(np.resize(rng.permutation(len(self.names)), n))
         goals = np.resize(rng.permutation(50), n) + (50 if split == "test" and self.held_out else 0)
         return (100 * environments + goals)[:, None]
@@ -645,29 +587,34 @@ class MetaWorld(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         environment, goal = divmod(int(self.task[0]), 100)
-        if self.name != self.names[environment]:
+        name = self.names[environment]
+        if (name, self.seed) not in self.goals:
+            benchmark = self.metaworld.ML1(name, self.seed)
+            self.goals[name, self.seed] = benchmark.train_tasks + benchmark.test_tasks
+        if name != self.name:
             self.idle.setdefault(self.name, []).append(self.simulator)
-            self.name = self.names[environment]
-            idle = self.idle.get(self.name)
-            self.simulator = idle.pop() if idle else self.classes[self.name]()
-        self.simulator.set_task(self.goals(self.name, self.seed)[goal])
+            self.simulator = (
+                self.idle[name].pop() if self.idle.get(name) else self.metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]()
+            )
+            self.name = name
+        self.simulator.set_task(self.goals[name, self.seed][goal])
         return self.simulator.reset()
 
     def step(self, action: np.ndarray) -> tuple:
         return self.simulator.step(action)
 
 
-ENVS: dict[str, Callable[..., gymnasium.Env]] = {  # each made with a seed
+ENVS = {  # each made with a seed
     "PointMass": PointMass,
     "HalfCheetahVel": HalfCheetahVel,
     "AntDir": AntDir,
     "AntDir57": functools.partial(AntDir, angles=(1.0, -1.0)),  # the authors'
-    "ML1-Reach": functools.partial(MetaWorld, ("reach-v3",), True),
-    "ML1-Push": functools.partial(MetaWorld, ("push-v3",), True),
-    "ML45-Train": functools.partial(MetaWorld, None, False),
+    "ML1-Reach": functools.partial(MetaWorld, name="reach-v3"),
+    "ML1-Push": functools.partial(MetaWorld, name="push-v3"),
+    "ML45-Train": MetaWorld,
 }
 NO_KL_LIMIT = dict(update_epochs=6, target_kl=None)
-DEFAULTS: dict[str, dict] = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
+DEFAULTS = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": dict(num_tasks=10, **NO_KL_LIMIT),
     "AntDir57": dict(num_tasks=10, **NO_KL_LIMIT),
@@ -679,85 +626,67 @@ DEFAULTS: dict[str, dict] = {  # Args' values were chosen on HalfCheetahVel; why
 
 # --- A run: flags checked, checkpoint, outer loop ---------------------------------------------------------------------
 def command_line(argv: list[str], default: Args) -> Args:
-    """The flags in argv, else default's values, by tyro; --help shows them under the one-word comments of Args."""
-    argv = [f"{float(word):.0f}" if re.fullmatch(r"\d+(\.\d+)?e\d+", word) else word for word in argv]  # 1e6 is whole
-    group, group_of, help_of, groups = "", {}, {}, {}
-    source = "".join(inspect.getsource(cls) for cls in reversed(type(default).__mro__[:-1]))
-    for heading, name, text in re.findall(r"^    (?:# (\w+)$|(\w+): .*?  # (.*))", source, re.MULTILINE):
-        group, help_of[name] = heading or group, tyro.conf.arg(help=text)
-        group_of.setdefault(name, group)
-    for name, kind in get_type_hints(type(default), include_extras=True).items():
-        flag = name, Annotated[kind, help_of[name]], getattr(default, name)
-        groups.setdefault(group_of[name], []).append(flag)
-    classes = {name: make_dataclass(name, flags) for name, flags in groups.items()}
-    fields = [(name, tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls)) for name, cls in classes.items()]
-    chosen = tyro.cli(make_dataclass("Flags", fields), args=argv, description=type(default).__doc__)
-    return replace(default, **{name: value for group in vars(chosen).values() for name, value in vars(group).items()})
+    """The flags in argv, else default's values. 1e6 is a whole number."""
+    argv = [f"{float(word):.0f}" if re.fullmatch(r"\d+(\.\d+)?e\d+", word) else word for word in argv]
+    return tyro.cli(type(default), args=argv, default=default)
 
 
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def default_args(args_class: type[Args], env: str) -> Args:
+    """An environment's defaults, except where a method has its own. Raises UserError if env is none of ENVS."""
+    if env not in ENVS:
+        raise UserError(f"--env {env}: takes one of {', '.join(ENVS)}")
+    values = {"env": env} | DEFAULTS.get(env, {})
+    own = [name for name in values if getattr(args_class, name) != getattr(Args, name)]
+    return args_class(**{name: value for name, value in values.items() if name not in own})
 
 
-def check(args: Args) -> Args:
-    """Returns args. Raises UserError for a value that no run can have."""
-    if args.env not in ENVS:
-        raise UserError(f"--env {args.env}: takes one of {', '.join(ENVS)}")
+def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, dict]:
+    """A stored run's flags, and its checkpoint. Raises UserError if there is no whole one of this method."""
+    path, problem = Path(folder, "checkpoint.pt"), f"--resume, --test: {folder} "
+    try:
+        if zipfile.ZipFile(path).testzip():  # compares its checksums, which torch.load does not look at
+            raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        values = dict(checkpoint["args"])
+        made_by, _ = values.pop("method"), values.pop("versions")
+    except Exception as error:  # of a dozen kinds, for a file that is missing, damaged or something else
+        raise UserError(problem + "is no run's folder, or its checkpoint.pt is damaged") from error
+    if made_by != method:
+        raise UserError(problem + f"is a run of {made_by}, not of {method}")
+    if unknown := set(values) - set(vars(args_class())):
+        raise UserError(problem + f"was made with flags that are not known here: {', '.join(unknown)}")
+    return replace(default_args(args_class, values["env"]), **values), checkpoint  # a newer flag has its default
+
+
+def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
+    """The flags, over those of a stored run or else an environment's, checked; and the stored run's checkpoint."""
+    asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
+    folder, may_change = asked.resume or asked.test, ["resume", "test", "device", "test_tasks", "test_episodes"]
+    if asked.resume and asked.test:
+        raise UserError("--resume, --test: take one of the two")
+    before, checkpoint = read_run(folder, args_class, method) if folder else (default_args(args_class, asked.env), {})
+    args = command_line(argv, before)
+    may_change += ["seed"] if args.test else ["eval_interval"]
+    may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing was made for one number
     limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
+        flag = f"--{name} {value}".replace("_", "-")
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
         if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"{flag_of(name)} {value}: takes a number from {low:g} to {high:g}")
+            raise UserError(f"{flag}: takes a number from {low:g} to {high:g}")
+        if folder and name not in may_change and value != getattr(before, name):
+            changes = ", ".join(may_change[2:]).replace("_", "-")
+            raise UserError(f"{flag}: {folder} has {getattr(before, name)}, and only {changes} can change")
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
-    return args
-
-
-def default_args(args_class: type[Args], env: str) -> Args:
-    """An environment's defaults, except where a method has its own."""
-    values = {"env": env} | DEFAULTS.get(env, {})
-    own = [name for name in values if getattr(args_class, name) != getattr(Args, name)]
-    return args_class(**{name: value for name, value in values.items() if name not in own})
-
-
-def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
-    """The flags over their environment's defaults; or over those of a stored run, and that run's checkpoint."""
-    asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
-    folder = asked.resume or asked.test
-    if not folder:
-        return check(command_line(argv, default_args(args_class, check(asked).env))), {}
-    problem = f"--resume, --test: {folder} "
-    if asked.resume and asked.test:
-        raise UserError("--resume, --test: take one of the two")
-    try:
-        if zipfile.ZipFile(Path(folder, "checkpoint.pt")).testzip():  # its checksums, which torch.load does not look at
-            raise zipfile.BadZipFile
-        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        stored = dict(checkpoint["args"])
-        made_by, _ = stored.pop("method"), stored.pop("versions")
-    except Exception as error:  # of a dozen kinds, for a file that is missing, damaged or something else
-        raise UserError(problem + "is no run's folder, or its checkpoint.pt is damaged") from error
-    if made_by != method:
-        raise UserError(problem + f"is a run of {made_by}, not of {method}")
-    if unknown := set(stored) - set(vars(asked)):
-        raise UserError(problem + f"was made with {flag_of(min(unknown))}, which is not known here")
-    before = replace(default_args(args_class, stored["env"]), **stored)  # a flag newer than the run has its default
-    args = check(command_line(argv, before))
-    # Only what leaves it the same run may change. An annealed run was made for its number of steps.
-    may_change = ["device", "test_tasks", "test_episodes"]
-    may_change += ["seed"] if args.test else ["eval_interval"] if args.anneal else ["eval_interval", "total_timesteps"]
-    for name, value in vars(before).items():
-        if getattr(args, name) != value and name not in ["resume", "test", *may_change]:
-            flags = ", ".join(map(flag_of, may_change))
-            raise UserError(f"{flag_of(name)} {getattr(args, name)}: {folder} has {value}; it can only change {flags}")
     return args, checkpoint
 
 
-def make_agent(agent_class: type[Agent], args: Args, checkpoint: dict) -> tuple[Agent, list]:
+def set_up(agent_class: type[Agent], args: Args, checkpoint: dict) -> tuple[Agent, list]:
     """An agent, the checkpoint's if there is one, and as many environments as the largest batch has tasks."""
     seed = checkpoint["args"]["seed"] if checkpoint else args.seed  # the goals that MetaWorld held out stay the same
     envs = [ENVS[args.env](seed=seed) for _ in range(max(args.num_tasks, math.ceil(1.5 * args.test_tasks)))]
@@ -769,16 +698,15 @@ def make_agent(agent_class: type[Agent], args: Args, checkpoint: dict) -> tuple[
 
 
 def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Args] = Args, **changes) -> tuple:
-    """A stored run's agent, environments and args, for notebooks and scripts.
-
+    """A stored run's agent, environments and args, for notebooks and scripts. Raises UserError.
     changes are what --test takes: test_tasks, test_episodes, device, and seed for other tasks. A run of another method
-    takes its agent and args classes: load(run, rl2.RL2, rl2.Args). Raises UserError."""
-    flags = [f"{flag_of(name)}={value}" for name, value in changes.items()]
+    takes its two classes: load(run, rl2.RL2, rl2.Args)."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
     args, checkpoint = parse(["--test", str(run), *flags], args_class, agent_class.method)
-    return *make_agent(agent_class, args, checkpoint), args
+    return *set_up(agent_class, args, checkpoint), args
 
 
-def write(path: Path, save: Callable[[io.BytesIO], object]) -> None:
+def write(path: Path, save) -> None:
     """Writes what save(file) does under a temporary name, then renames it, so that path is never half-written."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     save(content)
@@ -802,19 +730,19 @@ def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: li
         "steps_per_second rollout_seconds update_seconds gradient_steps policy_loss value_loss entropy approx_kl "
         "clip_fraction explained_variance learning_rate"
     ).split()
-    columns = list(dict.fromkeys(itertools.chain(columns, *rows)))  # then a method's own
+    columns = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))  # then a method's own
     table = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
     write(run / "progress.csv", lambda file: file.writelines((",".join(line) + "\n").encode() for line in table))
 
 
 def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
     """Meta-training (Sec. 5.1), from where rows, those of progress.csv, have come; adds one an iteration.
-
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
     of torchrun do the same, but for their shares in collect_trial and ppo_update; the first, which has a run, writes."""
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
     scores = {}  # of the last evaluation
     if run:
+        save_run(run, args, agent, optimizer, rows)
         board = SummaryWriter(run)
         board.add_text("flags", "".join(f"    {name} = {value}\n" for name, value in vars(args).items()))
     with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=not run) as bar:
@@ -825,9 +753,8 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
             agent.to("cpu")  # where small batches are quick
             trial = agent.collect(envs, tasks, args.episodes_per_trial, rng, explore=True)
             collected = time.monotonic()
-            agent.to(args.device)
             trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
-            row = agent.update(optimizer, trial, args, rng, 1 - env_steps / args.total_timesteps)
+            row = agent.to(args.device).update(optimizer, trial, args, rng, 1 - env_steps / args.total_timesteps)
             updated = time.monotonic()
             rewards, success = episode_results(trial, args.episodes_per_trial)
             row |= {"train_return": rewards.sum(2).mean().item(), "train_success": success.mean().item()}
@@ -837,7 +764,6 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
                 for split, results in meta_test(agent.to("cpu"), envs, args, agent.evaluation_episodes).items():
                     scores[f"{split}_return"] = results["rewards"][:, -1].sum(1).mean().item()
                     scores[f"{split}_success"] = results["success"][:, -1].mean().item()
-                scores = {name: value for name, value in scores.items() if not math.isnan(value)}
                 row |= scores
             elapsed = time.monotonic() - started
             seconds += elapsed
@@ -851,7 +777,8 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
                     board.add_scalar(name, value, env_steps)
                 board.flush()
                 bar.update(new_steps)
-                bar.set_postfix({"train_return": row["train_return"]} | scores)
+                shown = {"train_return": row["train_return"]} | scores
+                bar.set_postfix({name: value for name, value in shown.items() if not math.isnan(value)})
 
 
 def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
@@ -863,27 +790,24 @@ def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[di
     if not run:
         return
     env_steps = rows[-1]["env_steps"] if rows else 0
-    try:
-        for name, arrays in files.items():  # each says what it was made with
-            arrays |= {"seed": args.seed, "env_steps": env_steps}
-            write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
-        print(f"\nwritten to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
-    finally:  # where nothing can be written, the table is still worth its minutes
-        print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
-        print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
-        for split, arrays in tests.items():
-            for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
-                if not np.isnan(values).any():
-                    print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
+    print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
+    print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
+    for split, arrays in tests.items():
+        for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
+            if not np.isnan(values).any():
+                print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
+    for name, arrays in files.items():  # after the table, which is worth its minutes even where nothing can be written
+        arrays |= {"seed": args.seed, "env_steps": env_steps}  # what it was made with
+        write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
+    print(f"written to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
 
 
 def make_folder(args: Args, method: str) -> Path:
     """Makes <runs_dir>/<env>-<method>-<flags that differ from the defaults>-s<seed>-<time>."""
-    name, default = f"{args.env}-{method}", default_args(type(args), args.env)
-    for flag, value in vars(args).items():
-        if value != getattr(default, flag) and flag not in ("seed", "runs_dir", "device"):
-            name += f"{flag_of(flag)[1:]}-{value}"
-    run = Path(args.runs_dir, f"{name[:150]}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    default, unnamed = vars(default_args(type(args), args.env)), ("seed", "runs_dir", "device")
+    flags = [f"-{name}-{value}" for name, value in vars(args).items() if value != default[name] and name not in unnamed]
+    name = f"{args.env}-{method}{''.join(flags).replace('_', '-')[:150]}"
+    run = Path(args.runs_dir, f"{name}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:
         run.mkdir(parents=True)
     except OSError:
@@ -895,19 +819,17 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
     """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
     under_torchrun, run, rows = distributed.is_torchelastic_launched(), None, []
     first = not under_torchrun or os.environ["RANK"] == "0"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at these sizes a second one gains nothing, and waits for others that use the cores
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may not know η
-    if threading.current_thread() is threading.main_thread():
+    if argv is None:  # from a terminal, which may not know η, and whose reader may leave, as | head -1 does
+        sys.stdout.reconfigure(errors="replace")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends it without a word when nobody reads on, as in | head -1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one gains nothing at these sizes, and waits for others that use the cores
     try:
         args, checkpoint = parse(sys.argv[1:] if argv is None else argv, args_class, agent_class.method)
         if under_torchrun and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        agent, envs = make_agent(agent_class, args, checkpoint)
+        agent, envs = set_up(agent_class, args, checkpoint)
         optimizer = agent.to(args.device).optimizer(args)
         if under_torchrun:  # after Adam: its imports would keep the group's threads alive, to abort the exit
             distributed.init_process_group("gloo")
@@ -920,23 +842,19 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
             line = f"{run}: {size:,} parameters, device {args.device}, processes {rank_and_processes()[1]}"
             still = getattr(envs[0], "standing_still", None)
             print(line + (f", standing still returns {still:g}" if still else ""), flush=True)
-        if first and not args.test:
-            save_run(run, args, agent, optimizer, rows)
         if not args.test:
             train(agent, optimizer, envs, args, run, rows)
         finish(agent.to("cpu"), envs, args, run, rows)
         return 0
     except UserError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunFailed, OSError) as error:
         print(f"error: {error}" + (f"; {run} holds the {len(rows)} iterations before" if run else ""), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        go_on = shlex.join(["python", sys.argv[0], "--resume", str(run)])
-        if first:
-            print("\nstopped" + (f"; go on with: {go_on}" if run and not args.test else ""))
+        go_on = f"; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(run)])}"
+        print("\nstopped" + (go_on if run and not args.test else ""))
         return 130
     finally:
         torch.set_num_threads(threads)
