@@ -49,7 +49,7 @@ from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from numpy.random import Generator
 from torch import Tensor, distributed, nn
 from torch.distributions import Normal
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,13 +58,13 @@ from tqdm import tqdm
 class Args:
     """TrMRL: meta-train on a distribution of tasks, then meta-test with frozen weights."""
 
-    env: str = "HalfCheetahVel"  # [task] HalfCheetahVel, AntDir, AntDir57, ML1-Reach, ML1-Push, ML45-Train or PointMass
+    env: str = "HalfCheetahVel"  # [task] HalfCheetahVel, AntDir, ML1-Reach, ML1-Push, ML45-Train or PointMass
     num_tasks: int = 20  # tasks of an iteration; each gives one trial (Sec. 5.1)
     episodes_per_trial: int = 2  # E, the episodes of one task that are concatenated (Sec. 5.1)
-    memory_length: int = 5  # [model] N, the number of working memories, the current one included (Sec. 4.1)
+    d_model: int = 32  # [model] d, the size of a memory
+    memory_length: int = 5  # N, the number of working memories, the current one included (Sec. 4.1)
     layers: int = 4  # L, the transformer layers, each of which refines the episodic memory once (Eq. 6)
     heads: int = 4  # ω, the attention heads (Eq. 1); a divisor of d_model
-    d_model: int = 32  # d, the size of a memory
     t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
     init_std: float = 0.3  # initial std of the policy (learned, never above this)
     input_limit: float = 3.0  # normalised inputs are clipped to ± this many standard deviations
@@ -77,7 +77,7 @@ class Args:
     clip_coef: float = 0.2  # the probability ratio is clipped to 1 ± this
     update_epochs: int = 3  # an update passes over the iteration's trials at most this many times
     minibatch_size: int = 200  # steps of a minibatch, drawn from all tasks
-    target_kl: float | None = 0.04  # an update ends once the mean approx_kl of its last 40 minibatches is above this
+    target_kl: float | None = 0.04  # ends an update whose mean approx_kl passes this, or 5 × this over 5 minibatches
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm if it is larger
     eval_interval: int = 10  # [evaluation] iterations from one evaluation on test and OOD tasks to the next
     test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again
@@ -267,11 +267,12 @@ class Agent(nn.Module):
             attention.append(alpha[:, :, -1])
         return memories, attention
 
-    def policy_and_value(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the policy π(a | e^L), (B, A), and the value, (B,), from episodic memories e^L (B, d)."""
-        return self.policy(memory), self.value(memory)[:, 0] * self.return_std + self.return_mean
+    def policy_and_value(self, memory: Tensor) -> tuple[Normal, Tensor]:
+        """The policy π(a | e^L), with actions (B, A), and the value, (B,), of episodic memories e^L (B, d)."""
+        policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)  # a NaN is looked for elsewhere
+        return policy, self.value(memory)[:, 0] * self.return_std + self.return_mean
 
-    def forward(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[Normal, Tensor]:
         memories, _ = self.refine(transitions, t, task)
         return self.policy_and_value(memories[-1])
 
@@ -281,16 +282,15 @@ class Agent(nn.Module):
         (T + 1, n, S + A + 2) hold the trial up to s_t, alive (n,) is False after a death, noise (n, A) is normal, or 0
         for the mean action. state comes back at the next step, None at first: RL² keeps its GRU's there."""
         n = transitions.shape[1]
-        mean, value = self(transitions, torch.full((n,), t), torch.arange(n))
-        std = self.log_std.exp()
-        action = mean + std * noise
-        return action, Normal(mean, std, validate_args=False).log_prob(action).sum(1), value, state
+        policy, value = self(transitions, torch.full((n,), t), torch.arange(n))
+        action = policy.mean + policy.stddev * noise
+        return action, policy.log_prob(action).sum(1), value, state
 
     def collect(self, envs: list, tasks: np.ndarray, episodes: int, rng: Generator, explore: bool) -> Trial:
         return collect_trial(self, envs, tasks, episodes, rng, explore)
 
     def optimizer(self, args: Args) -> Optimizer:
-        return Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        return torch.optim.Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     def update(self, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator, left: float) -> dict:
         """Learns from a trial; returns columns of progress.csv. left is the share of training to come, from 1 to 0."""
@@ -328,8 +328,8 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
     mine = np.array_split(np.arange(len(tasks)), processes)[rank]
     transitions = np.zeros((T + 1, len(mine), S + A + 2), dtype=np.float32)  # B of Alg. 1; its PADs are in retrieve
     s, a, r, eta = named(transitions, S)
-    log_probs, values = np.zeros((T, len(mine)), dtype=np.float32), np.zeros((T + 1, len(mine)), dtype=np.float32)
-    valid, success = np.zeros((T, len(mine)), dtype=bool), np.full((T, len(mine)), np.nan, dtype=np.float32)
+    log_probs, values = np.zeros_like(r[:-1]), np.zeros_like(r)
+    valid, success = np.zeros_like(r[:-1], dtype=bool), np.full_like(r[:-1], np.nan)
     buffer, state = torch.from_numpy(transitions), None  # the same numbers, as torch sees them
     alive, box = np.ones(len(mine), dtype=bool), envs[0].action_space
     bar = tqdm(range(T), "testing", leave=False, delay=1, disable=explore or rank > 0)  # training has a bar of its own
@@ -345,10 +345,9 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
         action, log_probs[t], values[t], state = agent.act(buffer, t, *arguments)  # a_t ∼ π
         valid[t], last_step = alive, (t + 1) % agent.horizon == 0
         for i in np.flatnonzero(alive):
-            a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with the a that was drawn, not the one that was clipped
-            s_next, r[t, i], died, _, info = envs[i].step(
-                a[t, i].clip(box.low, box.high)
-            )  # collect (s_{t+1}, r_t, η_t)
+            a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with a as it was drawn
+            clipped = a[t, i].clip(box.low, box.high)
+            s_next, r[t, i], died, _, info = envs[i].step(clipped)  # collect (s_{t+1}, r_t, η_t)
             success[t, i] = info.get("success", np.nan)
             alive[i] = not died
             eta[t, i] = (died or last_step) and t < T - 1  # the trial's end is not one: V looks past it
@@ -404,8 +403,7 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
     statistics, norms = [], []
     for minibatch in [minibatch[rank::processes] for epoch in epochs for minibatch in epoch]:
         at = t[minibatch], task[minibatch]
-        mean, value = agent(trial.transitions, *at)
-        policy = Normal(mean, agent.log_std.exp(), validate_args=False)  # the gradient's norm shows what is not finite
+        policy, value = agent(trial.transitions, *at)
         log_ratio = policy.log_prob(trial.a[at]).sum(1) - trial.log_probs[at]
         ratio = log_ratio.exp()
         policy_loss = -clipped_objective(ratio, advantages[at], args.clip_coef).sum() / size
@@ -420,8 +418,8 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
             shares = [*(x.grad for x in agent.parameters() if x.grad is not None), statistics[-1]]
             total = sum(gather(nn.utils.parameters_to_vector(shares).cpu().numpy()))
             nn.utils.vector_to_parameters(torch.from_numpy(total).to(args.device), shares)
-        # The mean of many minibatches, as one of them is noisy; of the last ones, as a policy can be lost within a few.
-        if args.target_kl is not None and torch.stack(statistics[-40:])[:, 3].mean() > args.target_kl:
+        kl = torch.stack(statistics)[:, 3]  # a single minibatch's is noisy, but a policy can be lost within a few
+        if args.target_kl is not None and (kl.mean() > args.target_kl or kl[-5:].mean() > 5 * args.target_kl):
             break
         norms.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm))
         if not torch.isfinite(norms[-1]):
@@ -545,13 +543,12 @@ class AntDir(AntEnv):
 
     horizon, splits, task, standing_still = 200, ("train", "test"), np.zeros(1), 200.0
 
-    def __init__(self, seed: int, angles: tuple[float, float] = (0.0, math.pi)):
+    def __init__(self, seed: int):
         super().__init__(include_cfrc_ext_in_observation=False)
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
-        self.angles = angles
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
-        return np.resize(self.angles, (n, 1))  # the two in turn, so that each batch holds both
+        return np.resize([0.0, math.pi], (n, 1))  # the two in turn, so that each batch holds both
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, info = super().step(action)
@@ -573,9 +570,9 @@ class MetaWorld(gymnasium.Env):
     def __init__(self, seed: int, name: str | None = None):
         import metaworld  # here, as it takes a second and only MetaWorld needs it
 
-        self.metaworld, self.seed, self.held_out = metaworld, seed, name is not None
         self.names = [name] if name else list(metaworld.env_dict.ML45_V3["train"])
-        self.name = self.simulator = None
+        self.held_out, self.seed, self.name, self.simulator = name is not None, seed, None, None
+        self.make_benchmark, self.classes = metaworld.ML1, metaworld.env_dict.ALL_V3_ENVIRONMENTS
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
         """Each environment, and each goal, comes once before any comes again. In the order of environments, so that a
@@ -589,13 +586,11 @@ class MetaWorld(gymnasium.Env):
         environment, goal = divmod(int(self.task[0]), 100)
         name = self.names[environment]
         if (name, self.seed) not in self.goals:
-            benchmark = self.metaworld.ML1(name, self.seed)
+            benchmark = self.make_benchmark(name, self.seed)
             self.goals[name, self.seed] = benchmark.train_tasks + benchmark.test_tasks
         if name != self.name:
             self.idle.setdefault(self.name, []).append(self.simulator)
-            self.simulator = (
-                self.idle[name].pop() if self.idle.get(name) else self.metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]()
-            )
+            self.simulator = self.idle[name].pop() if self.idle.get(name) else self.classes[name]()
             self.name = name
         self.simulator.set_task(self.goals[name, self.seed][goal])
         return self.simulator.reset()
@@ -608,7 +603,6 @@ ENVS = {  # each made with a seed
     "PointMass": PointMass,
     "HalfCheetahVel": HalfCheetahVel,
     "AntDir": AntDir,
-    "AntDir57": functools.partial(AntDir, angles=(1.0, -1.0)),  # the authors'
     "ML1-Reach": functools.partial(MetaWorld, name="reach-v3"),
     "ML1-Push": functools.partial(MetaWorld, name="push-v3"),
     "ML45-Train": MetaWorld,
@@ -617,7 +611,6 @@ NO_KL_LIMIT = dict(update_epochs=6, target_kl=None)
 DEFAULTS = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": dict(num_tasks=10, **NO_KL_LIMIT),
-    "AntDir57": dict(num_tasks=10, **NO_KL_LIMIT),
     "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
     "ML1-Push": dict(init_std=1.0, total_timesteps=3_000_000, **NO_KL_LIMIT),
     "ML45-Train": dict(init_std=1.0, num_tasks=25, total_timesteps=6_000_000, test_tasks=45, **NO_KL_LIMIT),
@@ -627,7 +620,7 @@ DEFAULTS = {  # Args' values were chosen on HalfCheetahVel; why these: results/R
 # --- A run: flags checked, checkpoint, outer loop ---------------------------------------------------------------------
 def command_line(argv: list[str], default: Args) -> Args:
     """The flags in argv, else default's values. 1e6 is a whole number."""
-    argv = [f"{float(word):.0f}" if re.fullmatch(r"\d+(\.\d+)?e\d+", word) else word for word in argv]
+    argv = [str(int(float(word))) if re.fullmatch(r"\d+e\d+", word) else word for word in argv]
     return tyro.cli(type(default), args=argv, default=default)
 
 
@@ -658,13 +651,17 @@ def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, di
     return replace(default_args(args_class, values["env"]), **values), checkpoint  # a newer flag has its default
 
 
-def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, dict]:
-    """The flags, over those of a stored run or else an environment's, checked; and the stored run's checkpoint."""
+def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) -> tuple[Agent, list, Args, dict]:
+    """The agent and environments that the flags ask for, the flags, and the checkpoint of --resume or --test, else {}.
+    Raises UserError for a flag that no run can have, or that would make a stored run another one."""
     asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
     folder, may_change = asked.resume or asked.test, ["resume", "test", "device", "test_tasks", "test_episodes"]
     if asked.resume and asked.test:
         raise UserError("--resume, --test: take one of the two")
-    before, checkpoint = read_run(folder, args_class, method) if folder else (default_args(args_class, asked.env), {})
+    if folder:
+        before, checkpoint = read_run(folder, args_class, agent_class.method)
+    else:
+        before, checkpoint = default_args(args_class, asked.env), {}
     args = command_line(argv, before)
     may_change += ["seed"] if args.test else ["eval_interval"]
     may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing was made for one number
@@ -683,18 +680,13 @@ def parse(argv: list[str], args_class: type[Args], method: str) -> tuple[Args, d
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
-    return args, checkpoint
-
-
-def set_up(agent_class: type[Agent], args: Args, checkpoint: dict) -> tuple[Agent, list]:
-    """An agent, the checkpoint's if there is one, and as many environments as the largest batch has tasks."""
-    seed = checkpoint["args"]["seed"] if checkpoint else args.seed  # the goals that MetaWorld held out stay the same
+    seed = before.seed if folder else args.seed  # tests with another seed keep to the goals that ML1 held out
     envs = [ENVS[args.env](seed=seed) for _ in range(max(args.num_tasks, math.ceil(1.5 * args.test_tasks)))]
     torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
     agent = agent_class(envs[0], args)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
-    return agent, envs
+    return agent, envs, args, checkpoint
 
 
 def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Args] = Args, **changes) -> tuple:
@@ -702,8 +694,7 @@ def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Arg
     changes are what --test takes: test_tasks, test_episodes, device, and seed for other tasks. A run of another method
     takes its two classes: load(run, rl2.RL2, rl2.Args)."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
-    args, checkpoint = parse(["--test", str(run), *flags], args_class, agent_class.method)
-    return *set_up(agent_class, args, checkpoint), args
+    return set_up(["--test", str(run), *flags], agent_class, args_class)[:3]
 
 
 def write(path: Path, save) -> None:
@@ -737,8 +728,8 @@ def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: li
 
 def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
     """Meta-training (Sec. 5.1), from where rows, those of progress.csv, have come; adds one an iteration.
-    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
-    of torchrun do the same, but for their shares in collect_trial and ppo_update; the first, which has a run, writes."""
+    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. Torchrun's
+    processes all do the same, but for their shares in collect_trial and ppo_update. The first one has a run and writes."""
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
     scores = {}  # of the last evaluation
     if run:
@@ -826,10 +817,9 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second one gains nothing at these sizes, and waits for others that use the cores
     try:
-        args, checkpoint = parse(sys.argv[1:] if argv is None else argv, args_class, agent_class.method)
+        agent, envs, args, checkpoint = set_up(sys.argv[1:] if argv is None else argv, agent_class, args_class)
         if under_torchrun and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        agent, envs = set_up(agent_class, args, checkpoint)
         optimizer = agent.to(args.device).optimizer(args)
         if under_torchrun:  # after Adam: its imports would keep the group's threads alive, to abort the exit
             distributed.init_process_group("gloo")
@@ -839,9 +829,9 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         if first:
             run = Path(args.resume or args.test) if checkpoint else make_folder(args, agent.method)
             size = sum(parameter.numel() for parameter in agent.parameters())
-            line = f"{run}: {size:,} parameters, device {args.device}, processes {rank_and_processes()[1]}"
-            still = getattr(envs[0], "standing_still", None)
-            print(line + (f", standing still returns {still:g}" if still else ""), flush=True)
+            print(f"{run}: {size:,} parameters, device {args.device}, processes {rank_and_processes()[1]}")
+            if hasattr(envs[0], "standing_still"):
+                print(f"standing still has a return of {envs[0].standing_still:g}", flush=True)
         if not args.test:
             train(agent, optimizer, envs, args, run, rows)
         finish(agent.to("cpu"), envs, args, run, rows)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tyro.conf import Fixed, Suppress
 
@@ -22,9 +21,9 @@ import trmrl  # noqa: E402 (it is in the folder above)
 class Args(trmrl.Args):
     """RL²: meta-train on a distribution of tasks, then meta-test with frozen weights."""
 
-    learning_rate: float = 1e-3  # of Adam
-    update_epochs: int = 6  # passes over an iteration's trials, at most
-    minibatch_size: int = 800  # steps a gradient, drawn from all trials, each of which it runs through from the start
+    learning_rate: float = 1e-3  # Adam's learning rate
+    update_epochs: int = 6  # an update passes over the iteration's trials at most this many times
+    minibatch_size: int = 800  # steps of a minibatch, drawn from all trials, each of which it runs through whole
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
@@ -32,12 +31,12 @@ class Args(trmrl.Args):
 
 
 class RL2(trmrl.Agent):
-    """π(a_t | h_t), h_t = GRU(φ(s_t, a_t-1, r_t-1, η_t-1), h_t-1)."""
+    """π(a_t | h_t), h_t = GRU(φ(s_t, a_t-1, r_t-1, η_t-1), h_t-1). After a death h rests till the episode ends."""
 
     method = "RL2"
 
-    def __init__(self, envs: VectorEnv, args: Args):
-        super().__init__(envs, args)
+    def build(self, args: Args) -> None:
+        super().build(args)
         self.layers = nn.GRU(args.d_model, args.d_model)  # in the transformer's place
 
     def embed(self, transitions: Tensor, previous: Tensor) -> Tensor:
@@ -47,17 +46,27 @@ class RL2(trmrl.Agent):
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """φ and the GRU's state at steps t (B,) of tasks (B,), each (B, d), run through the trials from their start."""
-        before = torch.cat([torch.zeros_like(transitions[:1]), transitions[:-1]])
-        x = self.embed(transitions, before)
+        eta = transitions[:-1, :, -1].unflatten(0, (-1, self.horizon))  # (E, H, n)
+        lived = (eta.cumsum(1) == eta).flatten(0, 1)  # no η in the episode before: (T, n)
+        lived = torch.cat([lived, torch.ones_like(lived[:1])])
+        order = (~lived).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others: (T + 1, n)
+        steps = transitions.gather(0, order[..., None].expand_as(transitions))
+        x = self.embed(steps, torch.cat([torch.zeros_like(steps[:1]), steps[:-1]]))
         states, _ = self.layers(x)
-        return [x[t, task], states[t, task]], []
+        at = lived.cumsum(0)[t, task] - 1, task
+        return [x[at], states[at]], []
 
     @torch.inference_mode()
-    def act(self, transitions: Tensor, t: int, state) -> tuple[Tensor, Tensor, object]:
-        """One step on from the state that the step before has left."""
-        before = transitions[t - 1] if t > 0 else torch.zeros_like(transitions[0])
-        output, state = self.layers(self.embed(transitions[t], before)[None], state)
-        return *self.policy_and_value(output[0]), state
+    def act(self, transitions: Tensor, t: int, alive: Tensor, noise: Tensor, state) -> tuple:
+        """One step on from the state: h (1, n, d), and for each task the last step that was lived (n,), at first -1."""
+        n = transitions.shape[1]
+        h, last = state or (torch.zeros(1, n, self.layers.hidden_size), torch.full((n,), -1))
+        previous = transitions[last, torch.arange(n)] * (last >= 0)[:, None]
+        _, new_h = self.layers(self.embed(transitions[t], previous)[None], h)
+        h, last = torch.where(alive[:, None], new_h, h), torch.where(alive, t, last)
+        policy, value = self.policy_and_value(h[0])
+        action = policy.mean + policy.stddev * noise
+        return action, policy.log_prob(action).sum(1), value, (h, last)
 
 
 if __name__ == "__main__":
