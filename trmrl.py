@@ -44,14 +44,15 @@ import mujoco
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.mujoco.ant_v5 import AntEnv
-from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+from gymnasium.envs.mujoco import ant_v5, half_cheetah_v5
 from numpy.random import Generator
 from torch import Tensor, distributed, nn
 from torch.distributions import Normal
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+torch.set_num_threads(1)  # a second thread gains nothing at these sizes, and waits where other programs use the cores
 
 
 @dataclass
@@ -183,11 +184,9 @@ def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int)
 # --- The agent: working memory (Sec. 4.1), refinement (Eq. 6), policy and value (Alg. 1) ------------------------------
 class Agent(nn.Module):
     """φ, the transformer over the last N working memories, a Gaussian policy and a value on the last episodic memory.
-
     Shapes, with HalfCheetahVel's numbers: B = 200 steps in a minibatch (20 tasks when acting), N = 5 memories of d = 32
     numbers, S = 17 observations, A = 6 actions, T = 2 · 200 steps of n = 20 tasks. No keys or values are kept from step
     to step, as language models do: a memory's position is its place in the window, which changes at each step.
-
     Another method is a subclass (baselines/) that overrides build, and what else differs of the methods below."""
 
     method = "TrMRL"  # its name in args.json and in figures
@@ -332,8 +331,7 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
     valid, success = np.zeros_like(r[:-1], dtype=bool), np.full_like(r[:-1], np.nan)
     buffer, state = torch.from_numpy(transitions), None  # the same numbers, as torch sees them
     alive, box = np.ones(len(mine), dtype=bool), envs[0].action_space
-    bar = tqdm(range(T), "testing", leave=False, delay=1, disable=explore or rank > 0)  # training has a bar of its own
-    for t in bar:  # Alg. 1: while episode not done
+    for t in tqdm(range(T), "testing", leave=False, delay=1, disable=explore or rank > 0):  # Alg. 1: while not done
         if t % agent.horizon == 0:
             seeds = int(rng.integers(2**31)) + mine
             for i, task in enumerate(mine):
@@ -341,8 +339,8 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
                 s[t, i], _ = envs[i].reset(seed=int(seeds[i]))  # s_next ← s_0
             alive[:] = True
         noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # the same for any processes
-        arguments = torch.from_numpy(alive), torch.from_numpy(noise), state
-        action, log_probs[t], values[t], state = agent.act(buffer, t, *arguments)  # a_t ∼ π
+        now = agent.act(buffer, t, torch.from_numpy(alive), torch.from_numpy(noise), state)  # a_t ∼ π
+        action, log_probs[t], values[t], state = now
         valid[t], last_step = alive, (t + 1) % agent.horizon == 0
         for i in np.flatnonzero(alive):
             a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with a as it was drawn
@@ -366,10 +364,9 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation along the whole trial, through the episodes' ends; both (T, n).
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
-    trajectory" (Sec. 5.1). After a death, the rest of the episode passes as steps with reward 0. If it were left out,
-    the next episode would begin at once, and dying would cost nothing. For example, in an episode of 8 steps that dies
-    at t = 5, the steps 6 and 7 have V_7 = γ V_8 and V_6 = γ V_7, where V_8 is the value of the next episode's start.
-    So δ_6 = δ_7 = 0, and δ_5 = r_5 + γ³ V_8 - V_5."""
+    trajectory" (Sec. 5.1). The steps after a death pass without reward; if they were left out, the next episode would
+    begin at once, and dying would cost nothing. For example, an episode of 8 steps dies at t = 5. Then V_7 = γ V_8 and
+    V_6 = γ V_7, where V_8 is the value of the next episode's start; δ_6 = δ_7 = 0, and δ_5 = r_5 + γ³ V_8 - V_5."""
     advantages = torch.zeros_like(trial.r)
     next_value, advantage = trial.values[-1], 0.0
     for t in reversed(range(len(advantages))):
@@ -426,9 +423,9 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
             raise RunFailed("the gradient is not finite")
         optimizer.step()
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
-    row = dict(zip(names, torch.stack(statistics).mean(0).tolist()))
-    row |= {"explained_variance": explained_variance.item(), "gradient_steps": len(norms)}
-    return row | {"gradient_norm": torch.stack(norms).mean().item() if norms else math.nan}
+    row = dict(zip(names, torch.stack(statistics).mean(0).tolist())) | {"gradient_steps": len(norms)}
+    norm = torch.stack(norms).mean().item() if norms else math.nan
+    return row | {"explained_variance": explained_variance.item(), "gradient_norm": norm}
 
 
 # --- Meta-tests with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) -------------
@@ -490,7 +487,6 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
 # --- Tasks and environments (App. B) ----------------------------------------------------------------------------------
 class PointMass(gymnasium.Env):
     """A point mass on a line that must reach a hidden velocity: the smallest example of a task distribution.
-
     A task distribution is a gymnasium.Env that is made with a seed and has, besides reset and step:
     horizon, the steps of an episode; splits, the kinds of tasks: "train", "test" and, if it has them, "ood";
     sample_tasks(split, n, rng), which returns n tasks as rows of numbers (n, ·); task, one such row, set before reset.
@@ -517,7 +513,7 @@ class PointMass(gymnasium.Env):
         return self.velocity, -distance, False, False, {"success": distance < 0.1}
 
 
-class HalfCheetahVel(HalfCheetahEnv):
+class HalfCheetahVel(half_cheetah_v5.HalfCheetahEnv):
     """A half cheetah that must run at a hidden target velocity v*, in m/s: r = -|v - v*| - 0.05 ‖a‖²."""
 
     horizon, splits, task, standing_still = 200, ("train", "test", "ood"), np.zeros(1), -300.0
@@ -537,7 +533,7 @@ class HalfCheetahVel(HalfCheetahEnv):
         return self._get_obs(), reward, False, False, {}
 
 
-class AntDir(AntEnv):
+class AntDir(ant_v5.AntEnv):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
     A task is the goal's angle (rad). An episode ends where the torso leaves [0.2, 1] m or the state is not finite."""
 
@@ -599,14 +595,9 @@ class MetaWorld(gymnasium.Env):
         return self.simulator.step(action)
 
 
-ENVS = {  # each made with a seed
-    "PointMass": PointMass,
-    "HalfCheetahVel": HalfCheetahVel,
-    "AntDir": AntDir,
-    "ML1-Reach": functools.partial(MetaWorld, name="reach-v3"),
-    "ML1-Push": functools.partial(MetaWorld, name="push-v3"),
-    "ML45-Train": MetaWorld,
-}
+ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir}  # each is made with a seed
+ENVS |= {f"ML1-{name}": functools.partial(MetaWorld, name=f"{name.lower()}-v3") for name in ("Reach", "Push")}
+ENVS |= {"ML45-Train": MetaWorld}
 NO_KL_LIMIT = dict(update_epochs=6, target_kl=None)
 DEFAULTS = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
@@ -651,9 +642,9 @@ def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, di
     return replace(default_args(args_class, values["env"]), **values), checkpoint  # a newer flag has its default
 
 
-def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) -> tuple[Agent, list, Args, dict]:
-    """The agent and environments that the flags ask for, the flags, and the checkpoint of --resume or --test, else {}.
-    Raises UserError for a flag that no run can have, or that would make a stored run another one."""
+def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) -> tuple[Agent, list, Args, dict, Path]:
+    """The agent and environments that the flags ask for; the flags; the checkpoint of --resume or --test, else {}; the
+    run's folder. Raises UserError for a flag that no run can have, or that would make a stored run another one."""
     asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
     folder, may_change = asked.resume or asked.test, ["resume", "test", "device", "test_tasks", "test_episodes"]
     if asked.resume and asked.test:
@@ -662,18 +653,20 @@ def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) ->
         before, checkpoint = read_run(folder, args_class, agent_class.method)
     else:
         before, checkpoint = default_args(args_class, asked.env), {}
-    args = command_line(argv, before)
+    args, changed = command_line(argv, before), ""
     may_change += ["seed"] if args.test else ["eval_interval"]
     may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing was made for one number
     limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
-        flag = f"--{name} {value}".replace("_", "-")
+        flag = f"--{name.replace('_', '-')} {value}"
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag}: takes a number from {low:g} to {high:g}")
-        if folder and name not in may_change and value != getattr(before, name):
+        if value != getattr(before, name) and folder and name not in may_change:
             changes = ", ".join(may_change[2:]).replace("_", "-")
             raise UserError(f"{flag}: {folder} has {getattr(before, name)}, and only {changes} can change")
+        if value != getattr(before, name) and name not in ("seed", "runs_dir", "device"):
+            changed += flag[1:].replace(" ", "-")  # names the run's folder
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
     try:
@@ -686,7 +679,8 @@ def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) ->
     agent = agent_class(envs[0], args)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
-    return agent, envs, args, checkpoint
+    name = f"{args.env}-{agent.method}{changed[:150]}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    return agent, envs, args, checkpoint, Path(folder or Path(args.runs_dir, name))
 
 
 def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Args] = Args, **changes) -> tuple:
@@ -728,8 +722,9 @@ def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: li
 
 def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
     """Meta-training (Sec. 5.1), from where rows, those of progress.csv, have come; adds one an iteration.
-    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. Torchrun's
-    processes all do the same, but for their shares in collect_trial and ppo_update. The first one has a run and writes."""
+    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
+    of torchrun do the same, but for their shares in collect_trial and ppo_update; only the first one has a run to write.
+    """
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
     scores = {}  # of the last evaluation
     if run:
@@ -793,19 +788,6 @@ def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[di
     print(f"written to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
 
 
-def make_folder(args: Args, method: str) -> Path:
-    """Makes <runs_dir>/<env>-<method>-<flags that differ from the defaults>-s<seed>-<time>."""
-    default, unnamed = vars(default_args(type(args), args.env)), ("seed", "runs_dir", "device")
-    flags = [f"-{name}-{value}" for name, value in vars(args).items() if value != default[name] and name not in unnamed]
-    name = f"{args.env}-{method}{''.join(flags).replace('_', '-')[:150]}"
-    run = Path(args.runs_dir, f"{name}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-    try:
-        run.mkdir(parents=True)
-    except OSError:
-        raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written") from None
-    return run
-
-
 def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_class: type[Args] = Args) -> int:
     """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
     under_torchrun, run, rows = distributed.is_torchelastic_launched(), None, []
@@ -814,10 +796,8 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         sys.stdout.reconfigure(errors="replace")
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a second one gains nothing at these sizes, and waits for others that use the cores
     try:
-        agent, envs, args, checkpoint = set_up(sys.argv[1:] if argv is None else argv, agent_class, args_class)
+        agent, envs, args, checkpoint, run = set_up(sys.argv[1:] if argv is None else argv, agent_class, args_class)
         if under_torchrun and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         optimizer = agent.to(args.device).optimizer(args)
@@ -826,15 +806,18 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         if checkpoint:
             optimizer.load_state_dict(checkpoint["optimizer"])
             rows = checkpoint["rows"]
+        elif first:
+            try:
+                run.mkdir(parents=True)
+            except OSError:
+                raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written") from None
         if first:
-            run = Path(args.resume or args.test) if checkpoint else make_folder(args, agent.method)
             size = sum(parameter.numel() for parameter in agent.parameters())
             print(f"{run}: {size:,} parameters, device {args.device}, processes {rank_and_processes()[1]}")
-            if hasattr(envs[0], "standing_still"):
-                print(f"standing still has a return of {envs[0].standing_still:g}", flush=True)
+            print("standing still has a return of", getattr(envs[0], "standing_still", "(not known)"), flush=True)
         if not args.test:
-            train(agent, optimizer, envs, args, run, rows)
-        finish(agent.to("cpu"), envs, args, run, rows)
+            train(agent, optimizer, envs, args, run if first else None, rows)
+        finish(agent.to("cpu"), envs, args, run if first else None, rows)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -847,7 +830,6 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         print("\nstopped" + (go_on if run and not args.test else ""))
         return 130
     finally:
-        torch.set_num_threads(threads)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 

@@ -57,14 +57,9 @@ def probe(run: Path) -> dict[str, np.ndarray]:
     """C6: R² of linear models from φ, and from raw transitions, to v*. T: violations of Theorem 4.1 by layer.
 
     Both on 60 unseen tasks, their first episodes by mean actions; the models are fitted on the first 40 tasks."""
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    flags = set(vars(trmrl.Args())) - {"resume", "test"}
-    args = trmrl.Args(**{name: checkpoint["args"][name] for name in flags})
-    envs = trmrl.TaskVectorEnv(lambda: trmrl.ENVS[args.env](seed=args.seed), processes=1)
-    agent = trmrl.Agent(envs, args)
-    agent.load_state_dict(checkpoint["agent"])
+    agent, envs, args = trmrl.load(run, test_tasks=60)
     rng = trmrl.random_stream(args.seed, "refinement")
-    tasks = envs.sample_tasks("test", 60, rng)
+    tasks = envs[0].sample_tasks("test", 60, rng)
     trial = trmrl.collect_trial(agent, envs, tasks, 1, rng, explore=False)
     steps, task = trial.valid.nonzero(as_tuple=True)
     full = steps >= args.memory_length - 1  # where no PAD is in sight
