@@ -721,10 +721,9 @@ def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: li
 
 
 def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
-    """Meta-training (Sec. 5.1), from where rows, those of progress.csv, have come; adds one an iteration.
+    """Meta-training (Sec. 5.1), from the iteration where rows, those of progress.csv, end; adds a row an iteration.
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
-    of torchrun do the same, but for their shares in collect_trial and ppo_update; only the first one has a run to write.
-    """
+    of torchrun do the same, but for their shares in collect_trial and ppo_update. Only the first has a run to write."""
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
     scores = {}  # of the last evaluation
     if run:
