@@ -156,8 +156,9 @@ def episode_curves(runs: list[Run], file: str) -> pd.DataFrame:
 
 def refinement_curves(runs: list[Run]) -> pd.DataFrame:
     """Two errors of what each layer makes of the working memories."""
-    errors = [(run, *error) for run in runs for error in run.files["refinement"].items()]
-    return pd.concat([curve(run, name.replace("_", " "), y, np.arange(len(y))) for run, name, y in errors])
+    errors = [(run, name) for run in runs for name in ("representation_error", "regression_mse")]
+    values = [(run, name.replace("_", " "), run.files["refinement"][name]) for run, name in errors]
+    return pd.concat([curve(run, name, y, np.arange(len(y))) for run, name, y in values])
 
 
 def draw_curves(table: pd.DataFrame, xlabel: str, empty_panels: tuple[str, ...] = ()) -> plt.Figure:

@@ -657,6 +657,7 @@ def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) ->
     may_change += ["seed"] if args.test else ["eval_interval"]
     may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing was made for one number
     limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    limits["total_timesteps"] = (before.total_timesteps if folder else 1, 10**12)  # a run can only become longer
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
