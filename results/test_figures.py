@@ -1,0 +1,118 @@
+"""What plot.py must draw, from runs with random contents."""
+
+import json
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import plot
+from test_trmrl import progress
+
+
+def fake_run(folder: Path, env="HalfCheetahVel", seed=1, success=False, steps=10, shift=0, **flags) -> Path:
+    """A run's files with random contents; of ten iterations to come, so that fewer steps are unfinished."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    values = {"env": env, "seed": seed, "layers": 4, "t_fixup": True, "method": "TrMRL", "total_timesteps": 1000}
+    (folder / "args.json").write_text(json.dumps(values | flags | {"runs_dir": str(folder), "device": seed}))
+    progress = pd.DataFrame(np.nan, range(steps), plot.COLUMNS)
+    progress = progress.assign(env_steps=100 * np.arange(1, steps + 1) + shift, wall_seconds=60.0, train_return=1.0)
+    measured = ["test_return"] + ["test_success"] * success + ["ood_return"] * (env == "HalfCheetahVel")
+    progress.loc[::3, measured] = rng.normal(size=(len(progress.loc[::3]), len(measured)))
+    progress.to_csv(folder / "progress.csv", index=False)
+    if steps == 10:
+        tests = {"rewards": rng.normal(size=(5, 3, 4)), "tasks": rng.uniform(0, 3, (5, 1))}
+        np.savez(folder / "meta_test.npz", observations=rng.normal(size=(5, 4, 17)), **tests)
+        np.savez(folder / "ood.npz", **tests)
+        np.savez(folder / "refinement.npz", representation_error=rng.uniform(size=5), regression_mse=np.ones(5))
+        np.savez(folder / "working_memories.npz", embedding=rng.normal(size=(90, 8)), task=rng.uniform(0, 3, 90))
+        np.savez(folder / "attention.npz", weights=rng.dirichlet(np.ones(5), 4))
+    return folder
+
+
+class TestFigures:
+    def test_every_figure_is_drawn_or_misses_only_what_is_damaged(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(gymnasium, "make", lambda *_, **__: 1 / 0)  # as without OpenGL
+        plot.plt.rcParams["savefig.dpi"] = 30  # nobody looks at these
+        folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+        folders += [fake_run(tmp_path / "deep", layers=12), fake_run(tmp_path / "ant", env="AntDir")]
+        bad = [folders[1] / "attention.npz"]
+        bad += [fake_run(tmp_path / f"bad {name}", seed=9) / name for name in ("args.json", "progress.csv")]
+        for path in bad:
+            path.write_bytes(path.read_bytes()[:50])
+        assert plot.draw([*folders, bad[1].parent, bad[2].parent], tmp_path / "figures") == 1
+        *damaged, no_film = capsys.readouterr().err.splitlines()
+        assert f"left out: {bad[0]} is damaged" in damaged and len(damaged) == 3
+        assert all(f"left out: {path.parent} has no args.json" in "".join(damaged) for path in bad[1:])
+        assert no_film.startswith("film.gif: left out (") and "install libegl1" in no_film
+        written = {path.name for path in (tmp_path / "figures").iterdir()}
+        figures = "meta_training adaptation ood refinement working_memories online_adaptation attention ablation_layers"
+        assert written == {f"{name}.png" for name in figures.split()} | {"summary.md"}
+        table = (tmp_path / "figures" / "summary.md").read_text()
+        assert "| HalfCheetahVel | TrMRL, layers 4 | 1.00 [1.00, 1.00] | " in table
+        assert f"{progress(folders[2])['test_return'].iloc[-1]:.2f}" in table
+        for folder, out in ((tmp_path / "nothing", tmp_path / "none"), (folders[0], folders[0] / "args.json")):
+            assert plot.draw((folder,), out) == 2 and "error: " in capsys.readouterr().err
+        assert not (tmp_path / "none").exists() and json.loads((folders[0] / "args.json").read_text())
+
+    def test_film_of_every_second_step_follows_the_run(self, tmp_path, monkeypatch):
+        env, positions = gymnasium.make("HalfCheetah-v5").unwrapped, []
+        monkeypatch.setattr(gymnasium, "make", lambda *_, **__: env)
+        monkeypatch.setattr(env, "render", lambda: positions.append(env.data.qpos.copy()) or np.zeros((160, 240, 3)))
+        (run,) = plot.load_runs([fake_run(tmp_path / "run")], [])
+        plot.save_film(run, plot.open_renderer(run.env), tmp_path / "film.gif")
+        with Image.open(tmp_path / "film.gif") as film:
+            assert film.n_frames == 2 and film.size == (750, 340) and film.info["duration"] == 80
+        observations = run.files["meta_test"]["observations"][run.files["meta_test"]["tasks"][:, 0].argmax()]
+        assert positions[-1] == pytest.approx([observations[:3, 8].sum() * env.dt, *observations[2, :8]])
+
+    def test_figure_of_meta_training_shows_the_mean_of_the_evaluations(self, tmp_path):
+        """Seeds whose episodes ended early come onto common steps; one seed has no band."""
+        folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
+        figure = plot.FIGURES["meta_training"][1](plot.load_runs(folders, []))
+        (axes,) = figure.axes
+        assert axes.get_title() == "HalfCheetahVel: test return, n = 3"
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TrMRL"]
+        assert axes.lines[0].get_xdata() == pytest.approx(np.array([1, 4, 7, 10]) / 1e4)
+        returns = [progress(folder)["test_return"].dropna() for folder in folders]
+        assert axes.lines[0].get_ydata() == pytest.approx(np.mean(returns, axis=0))
+        (axes,) = plot.FIGURES["meta_training"][1](plot.load_runs(folders[:1], [])).axes
+        assert not any(len(path.vertices) for band in axes.collections for path in band.get_paths())
+        reach = [fake_run(tmp_path / f"{s}", "ML1-Reach", s, success=True, shift=s) for s in (0, 30)]
+        table = plot.learning_curves(plot.load_runs(reach, []))
+        assert set(table["panel"]) == {"ML1-Reach: test success"} and table["x"].max() == pytest.approx(1000 / 1e6)
+        late = table.query("seed == 30")
+        expected = np.interp(1e6 * late["x"], [130, 430, 730, 1030], progress(reach[1])["test_success"].dropna())
+        assert late["y"].to_numpy() == pytest.approx(expected)
+
+    def test_figure_of_adaptation_shows_what_the_files_hold(self, tmp_path):
+        folders = [fake_run(tmp_path / "rl2", method="RL2"), fake_run(tmp_path / "trmrl")]
+        runs, file = plot.load_runs(folders, []), np.load(folders[1] / "meta_test.npz")
+        table = plot.episode_curves(runs, "meta_test").query("setting == 'TrMRL'")
+        assert table["y"].to_numpy() == pytest.approx(file["rewards"].sum((0, 2)) / 5)
+        rewards, velocities = plot.draw_online_adaptation(runs).axes
+        assert rewards.lines[0].get_ydata() == pytest.approx(np.mean(file["rewards"][:, 0], axis=0))
+        assert velocities.get_title() == "HalfCheetahVel, TrMRL, seed 1:\nvelocity (m/s)"
+        assert velocities.lines[0].get_ydata() == pytest.approx(file["observations"][file["tasks"].argmin(), :, 8])
+
+    def test_ablations_are_runs_that_differ_in_one_flag(self, tmp_path):
+        variants = {"deep": dict(layers=12), "base": {}, "base2": dict(seed=2), "both": dict(layers=8, t_fixup=False)}
+        variants |= {"ant": dict(env="AntDir", layers=2), "rl2": dict(method="RL2", layers=1)}
+        runs = plot.load_runs([fake_run(tmp_path / name, **flags) for name, flags in variants.items()], [])
+        found = {flag: [run.folder.name for run in some] for flag, some in plot.ablations(runs).items() if some}
+        assert found == {"layers": ["base", "base2", "deep"]}  # 4 before 12
+        labels = {run.folder.name: run.label for run in runs}
+        assert labels["rl2"] == "RL²" and labels["deep"] == "TrMRL, layers 12, t fixup True"
+        assert len({run.colour for run in runs}) == 5  # one a label, the same in all figures
+
+    def test_unfinished_runs_and_the_same_seed_twice(self, tmp_path, capsys):
+        half, problems = fake_run(tmp_path / "half", seed=2, steps=5), []
+        new, old = (fake_run(tmp_path / f"{name}-2026010{day}-000000-000001") for name, day in (("a", 2), ("b", 1)))
+        assert [run.folder for run in plot.load_runs([half, new, old], problems)] == [new]
+        assert problems == [f"{half} is unfinished"]
+        assert capsys.readouterr().err == f"left out: {old} has the setting and seed of {new}\n"
+        assert plot.load_runs([half], problems)[0].label == "TrMRL, unfinished"
