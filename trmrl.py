@@ -726,7 +726,7 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
     An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
     of torchrun do the same, but for their shares in collect_trial and ppo_update. Only the first has a run to write."""
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
-    scores = {}  # of the last evaluation
+    scores = {}  # beside the bar
     if run:
         save_run(run, args, agent, optimizer, rows)
         board = SummaryWriter(run)
@@ -748,9 +748,8 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
             env_steps += new_steps
             if (iteration - 1) % args.eval_interval == 0 or env_steps >= args.total_timesteps:
                 for split, results in meta_test(agent.to("cpu"), envs, args, agent.evaluation_episodes).items():
-                    scores[f"{split}_return"] = results["rewards"][:, -1].sum(1).mean().item()
-                    scores[f"{split}_success"] = results["success"][:, -1].mean().item()
-                row |= scores
+                    row[f"{split}_return"] = results["rewards"][:, -1].sum(1).mean().item()
+                    row[f"{split}_success"] = results["success"][:, -1].mean().item()
             elapsed = time.monotonic() - started
             seconds += elapsed
             row |= {"iteration": iteration, "env_steps": env_steps, "wall_seconds": seconds}
@@ -763,8 +762,8 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
                     board.add_scalar(name, value, env_steps)
                 board.flush()
                 bar.update(new_steps)
-                shown = {"train_return": row["train_return"]} | scores
-                bar.set_postfix({name: value for name, value in shown.items() if not math.isnan(value)})
+                scores |= {name: value for name, value in rows[-1].items() if name.endswith(("_return", "_success"))}
+                bar.set_postfix(scores)
 
 
 def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
