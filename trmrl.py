@@ -1,29 +1,23 @@
 """TrMRL in one file: "Transformers are Meta-Reinforcement Learners" (Melo, ICML 2022).
 
 At each step the agent embeds its last N transitions (s, a, r, η) as working memories. A causal transformer refines them
-layer by layer into an episodic memory, and the last one conditions a Gaussian policy. PPO trains it on trials: E
-episodes of one task, concatenated. At meta-test the weights are frozen: the agent adapts by attention alone.
+layer by layer into episodic memories, and that of the current step conditions a Gaussian policy. PPO trains the agent
+on trials: E episodes of one task, concatenated. At meta-test the weights are frozen, and attention alone adapts.
 
     python trmrl.py --env HalfCheetahVel --layers 4     train, meta-test, write runs/<name>/
     python trmrl.py --env PointMass                     the same on a small example, within a minute
     python trmrl.py --resume runs/<name>                go on from the last checkpoint
     python trmrl.py --test runs/<name>                  run the meta-tests alone
 
-Paper                                      Here, in this order
-Eq. 1, 3 to 5  self-attention              TransformerLayer
-Sec. 3.3       T-Fixup                     t_fixup_
-Sec. 5.1       memory write logic          retrieve
-Sec. 4.1       working memory φ            Agent.working_memories
-Eq. 6          episodic memories e⁰ … e^L  Agent.refine
-Alg. 1, App. G acting                      Agent.act, collect_trial
-Sec. 5.1       PPO on concatenated trials  advantages_and_returns, ppo_update
-Sec. 5.2       meta-test, OOD              meta_test
-Fig. 7, Fig. 8 refinement, latents         analyse_memories
-App. B         tasks and environments      HalfCheetahVel, AntDir, MetaWorld
-Sec. 5.1       meta-training               train
+Paper and code, in the order of this file: first the left half of the table, then the right one.
+Eq. 1, 3 to 5   self-attention      TransformerLayer          Sec. 5.1    PPO on trials  ppo_update
+Sec. 3.3        T-Fixup             t_fixup_                  Sec. 5.2    meta-test      meta_test
+Sec. 5.1        memory write logic  retrieve                  Figs. 7, 8  refinement     analyse_memories
+Sec. 4.1        working memory φ    Agent.working_memories    App. B      tasks          HalfCheetahVel to MetaWorld
+Eq. 6           episodic memories   Agent.refine              Sec. 5.1    meta-training  train
+Alg. 1, App. G  acting              Agent.act, collect_trial
 """
 
-import functools
 import io
 import json
 import math
@@ -45,22 +39,23 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.envs.mujoco import ant_v5, half_cheetah_v5
+from gymnasium.spaces import Box
 from numpy.random import Generator
 from torch import Tensor, distributed, nn
 from torch.distributions import Normal
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-torch.set_num_threads(1)  # a second thread gains nothing at these sizes, and waits where other programs use the cores
+torch.set_num_threads(1)  # more gain nothing at these sizes, and wait for each other where other programs run
 
 
 @dataclass
 class Args:
-    """TrMRL: meta-train on a distribution of tasks, then meta-test with frozen weights."""
+    """TrMRL: meta-train on tasks of one kind, then meta-test with frozen weights. A word like [task] opens a group."""
 
     env: str = "HalfCheetahVel"  # [task] HalfCheetahVel, AntDir, ML1-Reach, ML1-Push, ML45-Train or PointMass
-    num_tasks: int = 20  # tasks of an iteration; each gives one trial (Sec. 5.1)
+    num_tasks: int = 20  # tasks drawn in each iteration, with one trial of each (Sec. 5.1)
     episodes_per_trial: int = 2  # E, the episodes of one task that are concatenated (Sec. 5.1)
     d_model: int = 32  # [model] d, the size of a memory
     memory_length: int = 5  # N, the number of working memories, the current one included (Sec. 4.1)
@@ -72,30 +67,28 @@ class Args:
     min_input_std: float = 0.5  # an input that varies less is divided by this instead of its own std
     total_timesteps: int = 4_000_000  # [PPO] environment steps of meta-training, rounded up to whole iterations
     learning_rate: float = 5e-4  # Adam's learning rate
-    anneal: bool = True  # lower the learning rate linearly to 0, and the bound on the policy's std with its square root
+    anneal: bool = True  # lower the learning rate linearly to 0, and the policy's largest std with its square root
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     clip_coef: float = 0.2  # the probability ratio is clipped to 1 ± this
-    update_epochs: int = 3  # an update passes over the iteration's trials at most this many times
+    update_epochs: int = 3  # passes of an update over the iteration's trials, fewer if target_kl ends it
     minibatch_size: int = 200  # steps of a minibatch, drawn from all tasks
-    target_kl: float | None = 0.04  # ends an update whose mean approx_kl passes this, or 5 × this over 5 minibatches
+    target_kl: float | None = 0.04  # an update ends when its mean KL exceeds this, or its last 5 minibatches' 5 × this
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm if it is larger
-    eval_interval: int = 10  # [evaluation] iterations from one evaluation on test and OOD tasks to the next
-    test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes half as many again
-    test_episodes: int = 6  # episodes of each task in a meta-test (Fig. 5); the refinement analysis takes half of them
+    eval_interval: int = 10  # [evaluation] an evaluation on test and OOD tasks every this many iterations
+    test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes 1.5 times as many
+    test_episodes: int = 6  # episodes of each task in a meta-test (Fig. 5); the refinement analysis takes half as many
     seed: int = 1  # [run] fixes all that is random: tasks, initial weights, exploration
     runs_dir: str = "runs"  # the folder in which the run's own folder is made
-    device: str = "cpu"  # where the network is trained, as torch names it; it always acts on the CPU
+    device: str = "cpu"  # where the network is trained, as torch names it; acting is always on the CPU
     resume: str | None = None  # a run's folder: go on from its checkpoint
-    test: str | None = None  # a run's folder: repeat its meta-tests; another --seed gives other tasks
+    test: str | None = None  # a run's folder: repeat its meta-tests, over their files; another --seed gives other tasks
 
 
-class UserError(Exception):
-    """A mistake in what the user asked for: one line, exit code 2."""
+class UserError(Exception): ...  # a mistake in what the user asked for: printed as one line, the exit code is 2
 
 
-class RunFailed(Exception):
-    """The simulator, the loss, the disk or another process failed and the run cannot go on: one line, exit code 1."""
+class RunFailed(Exception): ...  # the simulator, the loss or another process failed: one line, the exit code is 1
 
 
 # --- The transformer (Sec. 3.2) and its initialisation (Sec. 3.3) -----------------------------------------------------
@@ -107,7 +100,7 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class TransformerLayer(nn.Module):
-    """Multi-head self-attention (Eq. 1), then a feed-forward block, four times as wide, each with a residual sum."""
+    """Multi-head self-attention (Eq. 1), then a feed-forward block of width 4 d; each adds to its input."""
 
     def __init__(self, d_model: int, heads: int, layer_norm: bool):
         super().__init__()
@@ -119,13 +112,11 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
 
     def forward(self, queries: Tensor, memories: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Refines queries (B, C, d), the last C of memories (B, N, d); returns them and α of Eq. 4, (B, ω, C, N).
-        mask (B, 1, C, N) is the logarithm of Eq. 1's M: 0 where a query may attend, else a large negative number."""
-        split = (self.heads, -1)
-        Q = self.query(queries).unflatten(2, split).transpose(1, 2)  # (B, ω, C, d/ω)
-        K = self.key(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
-        V = self.value(memories).unflatten(2, split).transpose(1, 2)  # (B, ω, N, d/ω)
-        # Eq. 1, with the d of one head. Eq. 5 has a second 1/√d, outside of the softmax; the authors' code has not.
+        """Refines the last C memories, the queries (B, C, d), by all memories (B, N, d). Also returns α (B, ω, C, N) of
+        Eq. 4. mask (B, 1, C, N), Eq. 1's M, is added: 0 where a query may attend, else a large negative number."""
+        projected = self.query(queries), self.key(memories), self.value(memories)
+        Q, K, V = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)  # (B, ω, C or N, d/ω)
+        # Eq. 1, where d is that of one head. Eq. 5 has another 1/√d outside of the softmax; the authors' code has none.
         alpha = (Q @ K.transpose(2, 3) / math.sqrt(Q.shape[3]) + mask).softmax(3)
         h = (alpha @ V).transpose(1, 2).flatten(2)  # Concat(h_1, …, h_ω), each the μ of Eq. 3 and 5: (B, C, d)
         x = self.attention_norm(queries + self.output(h))
@@ -134,7 +125,7 @@ class TransformerLayer(nn.Module):
 
 @torch.no_grad()
 def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
-    """T-Fixup (Sec. 3.3), in place, on layers that are Xavier already. The N of the paper's 0.67 N^(-1/4) is L here.
+    """T-Fixup (Sec. 3.3), in place, of layers that start as Xavier. The N of the paper's 0.67 N^(-1/4) is L here.
     As in Huang et al. (2020) and unlike the paper, queries and keys stay Xavier and the embedding is × (9 L)^(-1/4)."""
     L = len(layers)
     nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
@@ -151,31 +142,29 @@ def sinusoidal_positions(length: int, d_model: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model]
 
 
-# --- A trial: E episodes of one task, and the memories that the agent retrieves from it (Sec. 5.1, Alg. 1) ------------
-def named(transitions, num_observations: int) -> tuple:
-    """s (…, S), a (…, A), r (…) and η (…) of transitions (…, S + A + 2), as views: writing to them writes there."""
-    S = num_observations
+# --- Trials of E episodes, and the memories that the agent retrieves from them (Sec. 5.1, Alg. 1) ---------------------
+def named(transitions, S: int) -> tuple:
+    """s (…, S), a (…, A), r (…) and η (…) of transitions (…, S + A + 2), as views, through which it can be written."""
     return transitions[..., :S], transitions[..., S:-2], transitions[..., -2], transitions[..., -1]
 
 
 @dataclass
 class Trial:
-    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps.
-    A task that died rests till its episode ends: those steps are not valid, and their s, a, r and η are 0."""
+    """E episodes of H steps of each of n tasks, one after the other: T = E · H steps."""
 
     transitions: Tensor  # (T + 1, n, S + A + 2), rows (s, a, r, η); the last has the s after the trial, and zeros
     a: Tensor  # (T, n, A)
     r: Tensor  # (T, n)
     log_probs: Tensor  # (T, n), log π(a | s, memory) when a was drawn
     values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
-    valid: Tensor  # (T, n), whether the step was lived
-    success: Tensor  # (T, n), 1 or 0, NaN where the environment does not say
+    valid: Tensor  # (T, n), False from the step after a death to the end of its episode, where s, a, r and η are 0
+    success: Tensor  # (T, n), 1 or 0; NaN where not valid, or where the environment does not say
 
 
 def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple[Tensor, Tensor]:
-    """D of Alg. 1: the N - 1 most recent transitions of the episode, then the current one. An episode starts without.
-    t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2); t = T counts to the last episode. Returns
-    windows (B, N, S + A + 2) and filled (B, N), which is False at the PADs in front."""
+    """D of Alg. 1: the N - 1 most recent transitions of the episode, fewer at its start, and then the current one.
+    t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2); t = T is in the last episode. Returns
+    windows (B, N, S + A + 2) and filled (B, N), False at PADs. They stand in front, as in Alg. 1, unlike Sec. 5.1."""
     start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)
     steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
     return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
@@ -185,18 +174,18 @@ def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int)
 class Agent(nn.Module):
     """φ, the transformer over the last N working memories, a Gaussian policy and a value on the last episodic memory.
     Shapes, with HalfCheetahVel's numbers: B = 200 steps in a minibatch (20 tasks when acting), N = 5 memories of d = 32
-    numbers, S = 17 observations, A = 6 actions, T = 2 · 200 steps of n = 20 tasks. No keys or values are kept from step
-    to step, as language models do: a memory's position is its place in the window, which changes at each step.
-    Another method is a subclass (baselines/) that overrides build, and what else differs of the methods below."""
+    numbers, S = 17 observations, A = 6 actions, T = 2 · 200 steps of n = 20 tasks. Unlike in language models, no keys
+    or values are kept from step to step: a memory's position is its place in the window, which changes at each step.
+    Another method is a subclass (baselines/) that overrides build, and those methods below that differ."""
 
     method = "TrMRL"  # its name in args.json and in figures
-    evaluation_episodes = 1  # an evaluation during training has this many episodes, and the last one counts
+    evaluation_episodes = 1  # of an evaluation during training; the last one is scored
 
     def __init__(self, env: gymnasium.Env, args: Args):
         super().__init__()
         self.num_observations, self.num_actions = env.observation_space.shape[0], env.action_space.shape[0]
         self.horizon, self.input_limit, self.min_input_std = env.horizon, args.input_limit, args.min_input_std
-        # Moments of all transitions so far. They start as if there had been a single one, with mean 0 and variance 1.
+        # Mean and variance of all transitions so far. They start as if there had been one, with mean 0 and variance 1.
         self.register_buffer("input_count", torch.ones(()))
         self.register_buffer("input_mean", torch.zeros(self.num_observations + self.num_actions + 2))
         self.register_buffer("input_var", torch.ones_like(self.input_mean))
@@ -211,24 +200,24 @@ class Agent(nn.Module):
         if args.t_fixup:
             t_fixup_(self.phi, self.layers)
         self.policy = xavier_linear(args.d_model, self.num_actions)
-        nn.init.orthogonal_(self.policy.weight, 0.01)  # so that exploration starts around zero
+        nn.init.orthogonal_(self.policy.weight, 0.01)  # unlike Sec. 3.3: exploration starts around zero
         self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(args.init_std)))
         self.value = xavier_linear(args.d_model, 1)
-        self.register_buffer("return_mean", torch.zeros(()))  # the return that the value head's output 0 stands for
-        self.register_buffer("return_std", torch.ones(()))  # how much return an output of 1 adds to that
+        self.register_buffer("return_mean", torch.zeros(()))  # the return that an output of 0 of the value head means
+        self.register_buffer("return_std", torch.ones(()))  # by how much an output of 1 exceeds that
         self.register_buffer("positions", sinusoidal_positions(args.memory_length, args.d_model))
         self.register_buffer("causal", torch.ones(args.memory_length, args.memory_length, dtype=torch.bool).tril())
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        """Inputs with mean 0 and std 1 over all that training has seen, clipped to ± input_limit. A std below
-        min_input_std counts as that: else MetaWorld's objects, whose places differ by centimetres from goal to goal,
-        would be as loud as all other inputs, and the agent would learn the training goals by heart."""
+        """Scales inputs to mean 0 and std 1 over all that training has seen, and clips them to ± input_limit. A std
+        below min_input_std is raised to it: else MetaWorld's objects, whose places differ by centimetres from goal to
+        goal, would weigh as much as all other inputs, and the agent would learn the training goals by heart."""
         std = self.input_var.sqrt().clamp(min=self.min_input_std)
         return ((transitions - self.input_mean) / std).clamp(-self.input_limit, self.input_limit)
 
     @torch.no_grad()
     def count_inputs(self, transitions: Tensor) -> None:
-        """Adds transitions (…, S + A + 2) to the moments (Chan et al. 1979)."""
+        """Updates mean and variance by transitions (steps, S + A + 2) (Chan et al. 1979)."""
         share = len(transitions) / (self.input_count + len(transitions))
         difference = transitions.mean(0) - self.input_mean
         self.input_var += share * (transitions.var(0, correction=0) - self.input_var + (1 - share) * difference**2)
@@ -237,7 +226,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def rescale_value(self, returns: Tensor) -> None:
-        """Makes these returns' mean and std the value head's 0 and 1, but changes nothing that it predicts (PopArt, van
+        """Lets 0 and 1 of the value head mean these returns' mean and one std more; what it predicts stays (PopArt, van
         Hasselt et al. 2016). Else learning would wait till the head has grown to the size of the returns."""
         mean, std = returns.mean(), returns.std(correction=0).clamp(min=0.01)
         self.value.weight *= self.return_std / std
@@ -248,19 +237,19 @@ class Agent(nn.Module):
     def working_memories(self, windows: Tensor) -> Tensor:
         """φ(s, a, r, η) of Sec. 4.1: windows (B, N, S + A + 2) of transitions, the current one last, to (B, N, d)."""
         x = self.normalise(windows)
-        x[:, -1, self.num_observations :] = 0  # Alg. 1: a, r, η are PADs. The buffer has them, but acting did not.
+        x[:, -1, self.num_observations :] = 0  # Alg. 1: a, r, η are PADs; when acting they are still to come
         return self.phi(x)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The current step's memories e⁰ … e^L (Eq. 6), each (B, d), and each layer's α from it, (B, ω, N).
-        t (B,) and task (B,) name steps of the transitions. A method without memories has None instead of this."""
+        """The current step's memories e⁰ … e^L (Eq. 6), each (B, d), and in each layer its α, (B, ω, N), of all N.
+        t (B,) and task (B,) name steps of the transitions. A method without memories sets refine = None."""
         windows, filled = retrieve(transitions, t, task, self.memory_length, self.horizon)
         e = self.working_memories(windows) + self.positions  # Alg. 1: e⁰ ← φ, with a position (Sec. 3.2): (B, N, d)
-        # PADs are never attended to. A PAD's own row, which nobody reads, would be 0 / 0 if the mask were not finite.
+        # Causal, j ≤ i (Eq. 4 prints i ≤ j), and without PADs. A PAD's own row, which nobody reads, stays finite.
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
         for layer in self.layers:  # Alg. 1: refine episodic memories
-            queries = e[:, -1:] if layer is self.layers[-1] else e  # of the last layer only the current one is read
+            queries = e[:, -1:] if layer is self.layers[-1] else e  # nobody reads the last layer's others
             e, alpha = layer(queries, e, mask[:, :, -queries.shape[1] :])
             memories.append(e[:, -1])
             attention.append(alpha[:, :, -1])
@@ -268,20 +257,18 @@ class Agent(nn.Module):
 
     def policy_and_value(self, memory: Tensor) -> tuple[Normal, Tensor]:
         """The policy π(a | e^L), with actions (B, A), and the value, (B,), of episodic memories e^L (B, d)."""
-        policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)  # a NaN is looked for elsewhere
+        policy = Normal(self.policy(memory), self.log_std.exp(), validate_args=False)  # collect_trial looks for NaNs
         return policy, self.value(memory)[:, 0] * self.return_std + self.return_mean
 
     def forward(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[Normal, Tensor]:
-        memories, _ = self.refine(transitions, t, task)
-        return self.policy_and_value(memories[-1])
+        return self.policy_and_value(self.refine(transitions, t, task)[0][-1])
 
     @torch.inference_mode()
     def act(self, transitions: Tensor, t: int, alive: Tensor, noise: Tensor, state) -> tuple:
-        """Draws a_t ∼ π(· | e^L): returns actions (n, A), log-probabilities (n,), values (n,) and state. transitions
+        """Draws a_t ∼ π(· | e^L): returns actions (n, A), log-probabilities (n,), values (n,) and a state. transitions
         (T + 1, n, S + A + 2) hold the trial up to s_t, alive (n,) is False after a death, noise (n, A) is normal, or 0
-        for the mean action. state comes back at the next step, None at first: RL² keeps its GRU's there."""
-        n = transitions.shape[1]
-        policy, value = self(transitions, torch.full((n,), t), torch.arange(n))
+        for the mean action. state is what the last call returned, at first None: RL² keeps its GRU's state in it."""
+        policy, value = self(transitions, torch.full((len(alive),), t), torch.arange(len(alive)))
         action = policy.mean + policy.stddev * noise
         return action, policy.log_prob(action).sum(1), value, state
 
@@ -289,21 +276,20 @@ class Agent(nn.Module):
         return collect_trial(self, envs, tasks, episodes, rng, explore)
 
     def optimizer(self, args: Args) -> Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        return Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     def update(self, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator, left: float) -> dict:
-        """Learns from a trial; returns columns of progress.csv. left is the share of training to come, from 1 to 0."""
-        left = left if args.anneal else 1.0
+        """Learns from a trial; returns columns of progress.csv. left is the share of training to come, at first 1."""
         optimizer.param_groups[0]["lr"] = args.learning_rate * left
         row = ppo_update(self, optimizer, trial, args, rng)
-        self.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # meta-tests act without noise
-        self.count_inputs(trial.transitions[:-1][trial.valid])  # only now: the update had to see what acting saw
+        self.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # as meta-tests act without noise
+        self.count_inputs(trial.transitions[:-1][trial.valid])  # not before the update, which must see what acting saw
         return row | {"learning_rate": args.learning_rate * left, "policy_std": self.log_std.exp().mean().item()}
 
 
-# --- Collecting E episodes of each task (Alg. 1), each of torchrun's processes its share ------------------------------
+# --- Collecting E episodes of each task (Alg. 1), shared among torchrun's processes -----------------------------------
 def rank_and_processes() -> tuple[int, int]:
-    """Which of torchrun's processes this one is, and how many there are; 0 and 1 without torchrun."""
+    """This process's number among torchrun's, and how many there are; 0 and 1 without torchrun."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
@@ -320,17 +306,17 @@ def gather(mine: object) -> list:
 
 
 def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
-    """Alg. 1 for n tasks (n, ·) at once: E episodes of each, in an environment each. Without explore, by mean actions.
+    """Alg. 1 for n tasks (n, ·) at once, each in its own environment for E episodes; with mean actions unless explore.
     Raises RunFailed if the simulator or the policy returns a NaN or an infinity."""
     S, A, T = agent.num_observations, agent.num_actions, E * agent.horizon
     rank, processes = rank_and_processes()
     mine = np.array_split(np.arange(len(tasks)), processes)[rank]
-    transitions = np.zeros((T + 1, len(mine), S + A + 2), dtype=np.float32)  # B of Alg. 1; its PADs are in retrieve
+    transitions = np.zeros((T + 1, len(mine), S + A + 2), dtype=np.float32)  # B of Alg. 1, but for its PADs
     s, a, r, eta = named(transitions, S)
     log_probs, values = np.zeros_like(r[:-1]), np.zeros_like(r)
     valid, success = np.zeros_like(r[:-1], dtype=bool), np.full_like(r[:-1], np.nan)
-    buffer, state = torch.from_numpy(transitions), None  # the same numbers, as torch sees them
-    alive, box = np.ones(len(mine), dtype=bool), envs[0].action_space
+    alive, box, state = np.ones(len(mine), dtype=bool), envs[0].action_space, None
+    buffer, living = torch.from_numpy(transitions), torch.from_numpy(alive)  # the same memory, as torch sees it
     for t in tqdm(range(T), "testing", leave=False, delay=1, disable=explore or rank > 0):  # Alg. 1: while not done
         if t % agent.horizon == 0:
             seeds = int(rng.integers(2**31)) + mine
@@ -338,21 +324,17 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
                 envs[i].task = tasks[task]
                 s[t, i], _ = envs[i].reset(seed=int(seeds[i]))  # s_next ← s_0
             alive[:] = True
-        noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # the same for any processes
-        now = agent.act(buffer, t, torch.from_numpy(alive), torch.from_numpy(noise), state)  # a_t ∼ π
-        action, log_probs[t], values[t], state = now
+        noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # for any number of processes
+        action, log_probs[t], values[t], state = agent.act(buffer, t, living, torch.from_numpy(noise), state)  # a_t ∼ π
         valid[t], last_step = alive, (t + 1) % agent.horizon == 0
         for i in np.flatnonzero(alive):
             a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with a as it was drawn
-            clipped = a[t, i].clip(box.low, box.high)
-            s_next, r[t, i], died, _, info = envs[i].step(clipped)  # collect (s_{t+1}, r_t, η_t)
+            s_next, r[t, i], died, _, info = envs[i].step(a[t, i].clip(box.low, box.high))  # collect s_{t+1}, r_t, η_t
             success[t, i] = info.get("success", np.nan)
             alive[i] = not died
-            eta[t, i] = (died or last_step) and t < T - 1  # the trial's end is not one: V looks past it
-            if not died:  # what is seen at a death is never looked at
-                s[t + 1, i] = s_next  # s_next ← s_{t+1}
-    arguments = torch.from_numpy(alive), torch.zeros(len(mine), A), state
-    values[T] = agent.act(buffer, T, *arguments)[2].numpy() * alive  # V goes on after the trial, but not after a death
+            eta[t, i] = (died or last_step) and t < T - 1  # not at the trial's end, which V looks past
+            s[t + 1, i] = 0.0 if died else s_next  # s_next ← s_{t+1}; the observation at a death is never used
+    values[T] = agent.act(buffer, T, living, torch.zeros(len(mine), A), state)[2].numpy() * alive  # 0 after a death
     arrays = transitions, a[:-1], r[:-1], log_probs, values, valid, success
     trial = Trial(*(torch.from_numpy(np.concatenate(parts, axis=1)) for parts in zip(*gather(arrays))))
     if not torch.isfinite(trial.transitions).all():
@@ -362,7 +344,7 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
 
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation along the whole trial, through the episodes' ends; both (T, n).
+    """Generalised advantage estimation along the whole trial, across the ends of episodes; returns two (T, n).
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
     trajectory" (Sec. 5.1). The steps after a death pass without reward; if they were left out, the next episode would
     begin at once, and dying would cost nothing. For example, an episode of 8 steps dies at t = 5. Then V_7 = γ V_8 and
@@ -386,13 +368,13 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator) -> dict:
     """Up to update_epochs passes over the trial's valid steps, in minibatches that mix all tasks; returns statistics.
     Under torchrun each process takes its share of every minibatch, and gradients are summed.
-    Raises RunFailed if a gradient is not finite, before the step that it would have spoilt."""
+    Raises RunFailed if a gradient is not finite, before it is applied."""
     rank, processes = rank_and_processes()
     advantages, returns = advantages_and_returns(trial, args.gamma, args.gae_lambda)
     t, task = trial.valid.nonzero(as_tuple=True)
     agent.rescale_value(returns[t, task])
     mean, std = advantages[t, task].mean(), advantages[t, task].std(correction=0).clamp(min=0.01)
-    explained_variance = 1 - (std / agent.return_std) ** 2  # an advantage is a return less its value
+    explained_variance = 1 - (std / agent.return_std) ** 2  # as advantage = return - value
     advantages = (advantages - mean) / std
     number = math.ceil(len(t) / args.minibatch_size)  # of minibatches in an epoch
     size = len(t) / number  # of a minibatch, on average
@@ -415,17 +397,16 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
             shares = [*(x.grad for x in agent.parameters() if x.grad is not None), statistics[-1]]
             total = sum(gather(nn.utils.parameters_to_vector(shares).cpu().numpy()))
             nn.utils.vector_to_parameters(torch.from_numpy(total).to(args.device), shares)
-        kl = torch.stack(statistics)[:, 3]  # a single minibatch's is noisy, but a policy can be lost within a few
+        kl = torch.stack(statistics)[:, 3]  # one minibatch's is noisy; the last 5 show a policy that is suddenly lost
         if args.target_kl is not None and (kl.mean() > args.target_kl or kl[-5:].mean() > 5 * args.target_kl):
             break
-        norms.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm))
-        if not torch.isfinite(norms[-1]):
+        norms.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).item())
+        if not math.isfinite(norms[-1]):
             raise RunFailed("the gradient is not finite")
         optimizer.step()
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     row = dict(zip(names, torch.stack(statistics).mean(0).tolist())) | {"gradient_steps": len(norms)}
-    norm = torch.stack(norms).mean().item() if norms else math.nan
-    return row | {"explained_variance": explained_variance.item(), "gradient_norm": norm}
+    return row | {"explained_variance": explained_variance.item(), "gradient_norm": torch.tensor(norms).mean().item()}
 
 
 # --- Meta-tests with frozen weights: adaptation and OOD (Sec. 5.2), refinement (Fig. 7), latents (Fig. 8) -------------
@@ -442,7 +423,7 @@ def episode_results(trial: Trial, episodes: int) -> tuple[np.ndarray, np.ndarray
 
 
 def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
-    """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of test_tasks held-out tasks, by mean actions.
+    """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of test_tasks tasks, with mean actions.
     Returns for "test" and, where there are such tasks, "ood": rewards (tasks, episodes, H), success (tasks, episodes),
     tasks (tasks, ·) and observations (tasks, H, S) of the first episode."""
     results = {}
@@ -460,7 +441,7 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
     """What the memories of each layer hold, for refinement.npz, working_memories.npz and attention.npz.
     Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
     model from e^l to the policy's mean action, fitted on two tasks of every three and tested on the third.
-    Fig. 8, latents: φ of whole transitions. Attention: what the current memory attends to, averaged over steps."""
+    Fig. 8, latents: φ of the first episode's transitions. Attention: of the current step, averaged over all."""
     rng = random_stream(args.seed, "refinement")
     tasks = envs[0].sample_tasks("test", math.ceil(1.5 * args.test_tasks), rng)
     trial = agent.collect(envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
@@ -469,13 +450,11 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
     memories, attention = agent.refine(trial.transitions, t, task)
     memories = torch.stack(memories)  # (L + 1, steps, d)
     actions = agent.policy(memories[-1]).double().numpy()  # (steps, A)
-    fitted = task.numpy() % 3 < 2  # interleaved, as ML45's tasks are in the order of its environments
+    fitted = task.numpy() % 3 < 2  # not the first two thirds, as ML45's tasks are sorted by environment
     errors = {"representation_error": 1 - torch.cosine_similarity(memories, memories[-1:], dim=2).mean(1).numpy()}
-    errors["regression_mse"] = np.zeros(len(memories))
-    for layer, memory in enumerate(memories.double().numpy()):
-        features = np.concatenate([memory, np.ones((len(memory), 1))], axis=1)
-        weights = np.linalg.lstsq(features[fitted], actions[fitted])[0]
-        errors["regression_mse"][layer] = np.square(features[~fitted] @ weights - actions[~fitted]).mean()
+    features = torch.cat([memories, torch.ones_like(memories[..., :1])], dim=2).double().numpy()  # with an intercept
+    weights = np.linalg.pinv(features[:, fitted]) @ actions[fitted]  # least squares, for all layers at once
+    errors["regression_mse"] = np.square(features[:, ~fitted] @ weights - actions[~fitted]).mean((1, 2))
     t, task = t[t < agent.horizon], task[t < agent.horizon]
     embedding = agent.phi(agent.normalise(trial.transitions[t, task])).numpy()
     files = {"refinement": errors, "working_memories": {"embedding": embedding, "task": tasks[task.numpy(), 0]}}
@@ -488,16 +467,14 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
 class PointMass(gymnasium.Env):
     """A point mass on a line that must reach a hidden velocity: the smallest example of a task distribution.
     A task distribution is a gymnasium.Env that is made with a seed and has, besides reset and step:
-    horizon, the steps of an episode; splits, the kinds of tasks: "train", "test" and, if it has them, "ood";
+    horizon, the steps of an episode, which no truncation ends; splits, ("train", "test") and, if there is one, "ood";
     sample_tasks(split, n, rng), which returns n tasks as rows of numbers (n, ·); task, one such row, set before reset.
-    If it has an info["success"], that is of the step. standing_still, if it is known, is the return without moving."""
+    Optional: info["success"] of each step; standing_still, the mean return of an agent that does not move."""
 
     horizon, splits, task, standing_still = 20, ("train", "test", "ood"), np.zeros(1), -10.0
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+    observation_space, action_space = Box(-np.inf, np.inf, (1,), np.float64), Box(-1.0, 1.0, (1,))
 
-    def __init__(self, seed: int):
-        pass
+    def __init__(self, seed: int): ...
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
         return rng.uniform(1.0, 1.5, (n, 1)) if split == "ood" else rng.uniform(-1.0, 1.0, (n, 1))
@@ -520,13 +497,13 @@ class HalfCheetahVel(half_cheetah_v5.HalfCheetahEnv):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a diverged simulation must be seen
+        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # so that a diverged simulation shows
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
         return rng.uniform(3.0, 4.0, (n, 1)) if split == "ood" else rng.uniform(0.0, 3.0, (n, 1))
 
     def step(self, action: np.ndarray) -> tuple:
-        before = self.data.qpos[0]  # gymnasium's own step, but for its reward and info, a third of its time
+        before = self.data.qpos[0]  # as gymnasium's step, without its reward and info, a third of its time
         self.do_simulation(action, self.frame_skip)
         velocity = (self.data.qpos[0] - before) / self.dt
         reward = -abs(velocity - self.task[0]) - 0.05 * np.dot(action, action)
@@ -535,7 +512,7 @@ class HalfCheetahVel(half_cheetah_v5.HalfCheetahEnv):
 
 class AntDir(ant_v5.AntEnv):
     """An ant that must run forward or backward: r = velocity along the goal + 1 - 0.5 ‖a‖² - contact cost.
-    A task is the goal's angle (rad). An episode ends where the torso leaves [0.2, 1] m or the state is not finite."""
+    A task is the goal's angle (rad). A torso outside of [0.2, 1] m or a state that is not finite ends an episode."""
 
     horizon, splits, task, standing_still = 200, ("train", "test"), np.zeros(1), 200.0
 
@@ -548,20 +525,18 @@ class AntDir(ant_v5.AntEnv):
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, info = super().step(action)
-        velocity = math.cos(self.task[0]) * info["x_velocity"] + math.sin(self.task[0]) * info["y_velocity"]
-        reward += velocity - info["reward_forward"]
+        reward += math.cos(self.task[0]) * info["x_velocity"] - info["reward_forward"]
         return observation, reward if np.isfinite(reward) else 0.0, terminated, truncated, info
 
 
 class MetaWorld(gymnasium.Env):
-    """MetaWorld's ML1 (one environment, 50 training goals and 50 held out) or ML45-Train (45, tested as trained).
+    """MetaWorld's ML1 (one environment, 50 training goals, 50 held out) or ML45-Train (45, tested on training's goals).
     A task is a number, 100 · environment + goal, goals from 50 on being held out. The observation hides the goal."""
 
     horizon, splits, task = 500, ("train", "test"), np.zeros(1)
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,))
-    goals: dict[tuple, list] = {}  # 50 of training, then 50 held out, by environment and seed: a second each
-    idle: dict[str, list] = {}  # simulators that no copy of this environment is using, by name: 24 MB and 0.2 s each
+    observation_space, action_space = Box(-np.inf, np.inf, (39,), np.float64), Box(-1.0, 1.0, (4,))
+    goals: dict[tuple, list] = {}  # by environment and seed: 50 for training, then 50 held out
+    idle: dict[str, list] = {}  # by name: simulators that no copy of this class is using; 24 MB and 0.2 s each
 
     def __init__(self, seed: int, name: str | None = None):
         import metaworld  # here, as it takes a second and only MetaWorld needs it
@@ -571,8 +546,8 @@ class MetaWorld(gymnasium.Env):
         self.make_benchmark, self.classes = metaworld.ML1, metaworld.env_dict.ALL_V3_ENVIRONMENTS
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
-        """Each environment, and each goal, comes once before any comes again. In the order of environments, so that a
-        process of torchrun's needs the simulators of few."""
+        """Each environment, and each goal, comes once before any comes again. Sorted by environment, so that each of
+        torchrun's processes needs the simulators of only a few."""
         environments = np.sort(np.resize(rng.permutation(len(self.names)), n))
         goals = np.resize(rng.permutation(50), n) + (50 if split == "test" and self.held_out else 0)
         return (100 * environments + goals)[:, None]
@@ -595,11 +570,10 @@ class MetaWorld(gymnasium.Env):
         return self.simulator.step(action)
 
 
-ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir}  # each is made with a seed
-ENVS |= {f"ML1-{name}": functools.partial(MetaWorld, name=f"{name.lower()}-v3") for name in ("Reach", "Push")}
-ENVS |= {"ML45-Train": MetaWorld}
+ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir, "ML45-Train": MetaWorld}
+ENVS |= {"ML1-Reach": lambda seed: MetaWorld(seed, "reach-v3"), "ML1-Push": lambda seed: MetaWorld(seed, "push-v3")}
 NO_KL_LIMIT = dict(update_epochs=6, target_kl=None)
-DEFAULTS = {  # Args' values were chosen on HalfCheetahVel; why these: results/README.md
+DEFAULTS = {  # Args has HalfCheetahVel's values; results/README.md has the reasons for these
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": dict(num_tasks=10, **NO_KL_LIMIT),
     "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, minibatch_size=400),
@@ -609,72 +583,63 @@ DEFAULTS = {  # Args' values were chosen on HalfCheetahVel; why these: results/R
 
 
 # --- A run: flags checked, checkpoint, outer loop ---------------------------------------------------------------------
-def command_line(argv: list[str], default: Args) -> Args:
-    """The flags in argv, else default's values. 1e6 is a whole number."""
-    argv = [str(int(float(word))) if re.fullmatch(r"\d+e\d+", word) else word for word in argv]
-    return tyro.cli(type(default), args=argv, default=default)
-
-
 def default_args(args_class: type[Args], env: str) -> Args:
-    """An environment's defaults, except where a method has its own. Raises UserError if env is none of ENVS."""
+    """An environment's defaults, unless the method has its own. Raises UserError if env is not in ENVS."""
     if env not in ENVS:
         raise UserError(f"--env {env}: takes one of {', '.join(ENVS)}")
-    values = {"env": env} | DEFAULTS.get(env, {})
-    own = [name for name in values if getattr(args_class, name) != getattr(Args, name)]
-    return args_class(**{name: value for name, value in values.items() if name not in own})
+    same = [name for name in DEFAULTS.get(env, {}) if getattr(args_class, name) == getattr(Args, name)]
+    return args_class(env=env, **{name: DEFAULTS[env][name] for name in same})
 
 
 def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, dict]:
-    """A stored run's flags, and its checkpoint. Raises UserError if there is no whole one of this method."""
+    """A stored run's flags, and its checkpoint. Raises UserError unless it is a whole run of this method."""
     path, problem = Path(folder, "checkpoint.pt"), f"--resume, --test: {folder} "
     try:
-        if zipfile.ZipFile(path).testzip():  # compares its checksums, which torch.load does not look at
+        if zipfile.ZipFile(path).testzip():  # a checksum is wrong, which torch.load would not notice
             raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         values = dict(checkpoint["args"])
         made_by, _ = values.pop("method"), values.pop("versions")
-    except Exception as error:  # of a dozen kinds, for a file that is missing, damaged or something else
+    except Exception as error:  # of many kinds, as the file may be missing, damaged or something else
         raise UserError(problem + "is no run's folder, or its checkpoint.pt is damaged") from error
     if made_by != method:
         raise UserError(problem + f"is a run of {made_by}, not of {method}")
     if unknown := set(values) - set(vars(args_class())):
         raise UserError(problem + f"was made with flags that are not known here: {', '.join(unknown)}")
-    return replace(default_args(args_class, values["env"]), **values), checkpoint  # a newer flag has its default
+    return replace(default_args(args_class, values["env"]), **values), checkpoint  # flags newer than the run: defaults
 
 
 def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) -> tuple[Agent, list, Args, dict, Path]:
-    """The agent and environments that the flags ask for; the flags; the checkpoint of --resume or --test, else {}; the
-    run's folder. Raises UserError for a flag that no run can have, or that would make a stored run another one."""
-    asked = command_line([flag for flag in argv if flag not in ("-h", "--help")], args_class())
-    folder, may_change = asked.resume or asked.test, ["resume", "test", "device", "test_tasks", "test_episodes"]
-    if asked.resume and asked.test:
-        raise UserError("--resume, --test: take one of the two")
+    """Returns the agent and environments that the flags ask for, the flags, the checkpoint of --resume or --test (else
+    {}) and the run's folder. Raises UserError for an impossible value, or one that would make a stored run another."""
+    argv = [re.sub(r"(^|=)(\d+e\d+)$", lambda x: x[1] + str(int(float(x[2]))), word) for word in argv]  # 1e6 is whole
+    asked = tyro.cli(args_class, args=[flag for flag in argv if flag not in ("-h", "--help")])
+    folder = asked.resume or asked.test
+    before, checkpoint = default_args(args_class, asked.env), {}
     if folder:
         before, checkpoint = read_run(folder, args_class, agent_class.method)
-    else:
-        before, checkpoint = default_args(args_class, asked.env), {}
-    args, changed = command_line(argv, before), ""
-    may_change += ["seed"] if args.test else ["eval_interval"]
-    may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing was made for one number
-    limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    args, changed = tyro.cli(args_class, args=argv, default=before), ""
+    may_change = ["device", "test_tasks", "test_episodes", "seed" if args.test else "eval_interval"]
+    may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing depends on the total
+    limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "test_tasks": (2, 10**6)}
     limits["total_timesteps"] = (before.total_timesteps if folder else 1, 10**12)  # a run can only become longer
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        if folder and value != getattr(before, name) and name not in ("resume" if args.resume else "test", *may_change):
+            changes = ", ".join(may_change).replace("_", "-")
+            raise UserError(f"{flag}: {folder} has {getattr(before, name)}, and only {changes} can change")
         low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag}: takes a number from {low:g} to {high:g}")
-        if value != getattr(before, name) and folder and name not in may_change:
-            changes = ", ".join(may_change[2:]).replace("_", "-")
-            raise UserError(f"{flag}: {folder} has {getattr(before, name)}, and only {changes} can change")
         if value != getattr(before, name) and name not in ("seed", "runs_dir", "device"):
-            changed += flag[1:].replace(" ", "-")  # names the run's folder
+            changed += flag[1:].replace(" ", "-")  # becomes part of the folder's name
     if args.d_model % args.heads:
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
-    seed = before.seed if folder else args.seed  # tests with another seed keep to the goals that ML1 held out
+    seed = before.seed if folder else args.seed  # of ML1's goals, which a test's own seed must not change
     envs = [ENVS[args.env](seed=seed) for _ in range(max(args.num_tasks, math.ceil(1.5 * args.test_tasks)))]
     torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
     agent = agent_class(envs[0], args)
@@ -686,14 +651,14 @@ def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) ->
 
 def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Args] = Args, **changes) -> tuple:
     """A stored run's agent, environments and args, for notebooks and scripts. Raises UserError.
-    changes are what --test takes: test_tasks, test_episodes, device, and seed for other tasks. A run of another method
-    takes its two classes: load(run, rl2.RL2, rl2.Args)."""
+    changes are what --test takes: test_tasks, test_episodes, and seed for other tasks. A run of another method needs
+    its two classes: load(run, rl2.RL2, rl2.Args)."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
     return set_up(["--test", str(run), *flags], agent_class, args_class)[:3]
 
 
 def write(path: Path, save) -> None:
-    """Writes what save(file) does under a temporary name, then renames it, so that path is never half-written."""
+    """Writes what save(file) writes to path, by way of a temporary file, so that path is never half-written."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     save(content)
     try:
@@ -704,7 +669,7 @@ def write(path: Path, save) -> None:
 
 
 def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: list[dict]) -> None:
-    """checkpoint.pt, which is all that resuming needs; args.json and progress.csv, for all others."""
+    """Writes checkpoint.pt, which is all that resuming needs, and for plots and people args.json and progress.csv."""
     values = {name: value for name, value in vars(args).items() if name not in ("resume", "test")}
     libraries = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "metaworld", "numpy")}
     values |= {"method": agent.method, "versions": libraries}
@@ -716,17 +681,17 @@ def save_run(run: Path, args: Args, agent: Agent, optimizer: Optimizer, rows: li
         "steps_per_second rollout_seconds update_seconds gradient_steps policy_loss value_loss entropy approx_kl "
         "clip_fraction explained_variance learning_rate"
     ).split()
-    columns = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))  # then a method's own
+    columns = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))  # then those of a method's own
     table = [columns] + [[str(row.get(name, "")) for name in columns] for row in rows]
     write(run / "progress.csv", lambda file: file.writelines((",".join(line) + "\n").encode() for line in table))
 
 
 def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
-    """Meta-training (Sec. 5.1), from the iteration where rows, those of progress.csv, end; adds a row an iteration.
-    An iteration's random numbers depend on the seed and its number alone, so that to resume is to go on. All processes
-    of torchrun do the same, but for their shares in collect_trial and ppo_update. Only the first has a run to write."""
+    """Meta-training (Sec. 5.1), going on where rows, those of progress.csv, end; adds a row for each iteration.
+    An iteration's random numbers depend only on the seed and its number, so that a resumed run equals an unbroken one.
+    Torchrun's processes all do the same, except in collect_trial and ppo_update; only the first has a run to write."""
     env_steps, seconds = (rows[-1]["env_steps"], rows[-1]["wall_seconds"]) if rows else (0, 0.0)
-    scores = {}  # beside the bar
+    scores = {}  # the latest ones, shown beside the progress bar
     if run:
         save_run(run, args, agent, optimizer, rows)
         board = SummaryWriter(run)
@@ -734,13 +699,13 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
     with tqdm(total=args.total_timesteps, initial=env_steps, unit="step", unit_scale=True, disable=not run) as bar:
         while env_steps < args.total_timesteps:
             started, iteration = time.monotonic(), len(rows) + 1
+            left = 1 - env_steps / args.total_timesteps if args.anneal else 1.0
             tasks = envs[0].sample_tasks("train", args.num_tasks, random_stream(args.seed, "train tasks", iteration))
             rng = random_stream(args.seed, "train", iteration)
-            agent.to("cpu")  # where small batches are quick
-            trial = agent.collect(envs, tasks, args.episodes_per_trial, rng, explore=True)
+            trial = agent.to("cpu").collect(envs, tasks, args.episodes_per_trial, rng, explore=True)
             collected = time.monotonic()
             trial = Trial(*(tensor.to(args.device) for tensor in vars(trial).values()))
-            row = agent.to(args.device).update(optimizer, trial, args, rng, 1 - env_steps / args.total_timesteps)
+            row = agent.to(args.device).update(optimizer, trial, args, rng, left)
             updated = time.monotonic()
             rewards, success = episode_results(trial, args.episodes_per_trial)
             row |= {"train_return": rewards.sum(2).mean().item(), "train_success": success.mean().item()}
@@ -752,9 +717,8 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
                     row[f"{split}_success"] = results["success"][:, -1].mean().item()
             elapsed = time.monotonic() - started
             seconds += elapsed
-            row |= {"iteration": iteration, "env_steps": env_steps, "wall_seconds": seconds}
-            row |= {"rollout_seconds": collected - started, "update_seconds": updated - collected}
-            row["steps_per_second"] = new_steps / elapsed
+            row |= dict(iteration=iteration, env_steps=env_steps, steps_per_second=new_steps / elapsed)
+            row |= dict(wall_seconds=seconds, rollout_seconds=collected - started, update_seconds=updated - collected)
             rows.append({name: value for name, value in row.items() if not math.isnan(value)})
             if run:
                 save_run(run, args, agent, optimizer, rows)
@@ -767,7 +731,7 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
 
 
 def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
-    """Meta-tests the run and analyses its memories. The process that has a run writes the files, prints the table."""
+    """Meta-tests the run and analyses its memories. The process that has a run prints a table and writes the files."""
     tests = meta_test(agent, envs, args, args.test_episodes)
     files = {"meta_test" if split == "test" else split: arrays for split, arrays in tests.items()}
     if agent.refine is not None:
@@ -781,17 +745,16 @@ def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[di
         for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
             if not np.isnan(values).any():
                 print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
-    for name, arrays in files.items():  # after the table, which is worth its minutes even where nothing can be written
-        arrays |= {"seed": args.seed, "env_steps": env_steps}  # what it was made with
-        write(run / f"{name}.npz", functools.partial(np.savez, **arrays))
+    for name, arrays in files.items():  # after the table, so that it is seen even if writing fails
+        arrays |= {"seed": args.seed, "env_steps": env_steps}  # what the file was made with
+        write(run / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
     print(f"written to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
 
 
 def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_class: type[Args] = Args) -> int:
-    """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failed run, 130 for a stopped one."""
+    """Runs a command line; returns the exit code: 2 for a user's mistake, 1 for a failure, 130 for an interruption."""
     under_torchrun, run, rows = distributed.is_torchelastic_launched(), None, []
-    first = not under_torchrun or os.environ["RANK"] == "0"
-    if argv is None:  # from a terminal, which may not know η, and whose reader may leave, as | head -1 does
+    if argv is None:  # from a terminal, which may not know η, and where | head -1 may end the output
         sys.stdout.reconfigure(errors="replace")
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops a run as Ctrl-C does
@@ -800,29 +763,30 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
         if under_torchrun and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         optimizer = agent.to(args.device).optimizer(args)
-        if under_torchrun:  # after Adam: its imports would keep the group's threads alive, to abort the exit
+        if under_torchrun:  # after Adam, whose imports would keep the group's threads alive and make the exit abort
             distributed.init_process_group("gloo")
+            run = run if distributed.get_rank() == 0 else None  # the others write nothing
         if checkpoint:
             optimizer.load_state_dict(checkpoint["optimizer"])
             rows = checkpoint["rows"]
-        elif first:
+        elif run:
             try:
                 run.mkdir(parents=True)
             except OSError:
                 raise UserError(f"--runs-dir {args.runs_dir}: takes a folder that can be written") from None
-        if first:
+        if run:
             size = sum(parameter.numel() for parameter in agent.parameters())
-            print(f"{run}: {size:,} parameters, device {args.device}, processes {rank_and_processes()[1]}")
-            print("standing still has a return of", getattr(envs[0], "standing_still", "(not known)"), flush=True)
+            still = f", standing still returns {envs[0].standing_still:g}" if hasattr(envs[0], "standing_still") else ""
+            print(f"{run}: {size:,} parameters, {args.device}, processes {rank_and_processes()[1]}{still}", flush=True)
         if not args.test:
-            train(agent, optimizer, envs, args, run if first else None, rows)
-        finish(agent.to("cpu"), envs, args, run if first else None, rows)
+            train(agent, optimizer, envs, args, run, rows)
+        finish(agent.to("cpu"), envs, args, run, rows)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunFailed, OSError) as error:
-        print(f"error: {error}" + (f"; {run} holds the {len(rows)} iterations before" if run else ""), file=sys.stderr)
+        print(f"error: {error}" + (f"; {run} holds what came before" if run else ""), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         go_on = f"; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(run)])}"
