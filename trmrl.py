@@ -554,8 +554,7 @@ class MetaWorld(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        environment, goal = divmod(int(self.task[0]), 100)
-        name = self.names[environment]
+        name, goal = self.names[int(self.task[0]) // 100], int(self.task[0]) % 100
         if (name, self.seed) not in self.goals:
             benchmark = self.make_benchmark(name, self.seed)
             self.goals[name, self.seed] = benchmark.train_tasks + benchmark.test_tasks
