@@ -483,11 +483,11 @@ class TestMetaTests:
             distances = [1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(layers[layer], layers[3])]
             assert errors["representation_error"][layer] == pytest.approx(np.mean(distances), abs=1e-5)
             X = np.c_[np.array(layers[layer]), np.ones(len(steps))]
-            mse = np.mean((X[~fitted] @ np.linalg.pinv(X[fitted]) @ actions[fitted] - actions[~fitted]) ** 2)
+            mse = np.mean((X[~fitted] @ np.linalg.pinv(X[fitted], 1e-3) @ actions[fitted] - actions[~fitted]) ** 2)
             assert errors["regression_mse"][layer] == pytest.approx(mse, rel=1e-2, abs=1e-9)
         embedding = files["working_memories"]["embedding"].reshape(4, 6, 8)  # every fifth step of the first episode
         np.testing.assert_allclose(embedding, agent.phi(agent.normalise(trial.transitions[0:20:5])), 1e-4, 1e-6)
-        assert errors["regression_mse"][3] < 1e-9 < errors["regression_mse"][0]
+        assert errors["regression_mse"][3] < 1e-5 < errors["regression_mse"][0]
         assert files["attention"]["weights"][0] == pytest.approx(attention, abs=1e-5)
         assert files["attention"]["weights"].sum(1) == pytest.approx(np.ones(3), rel=1e-5)
 

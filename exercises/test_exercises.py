@@ -101,7 +101,7 @@ MISTAKES = {  # what is wrong: the exercise, the right text, the wrong one
     "tasks from training's stream": (8, '(args.seed, f"{split} tasks")', '(args.seed, "train tasks", 1)'),
     "test tasks for OOD": (8, "sample_tasks(split, args.test_tasks", 'sample_tasks("test", args.test_tasks'),
     "success of the last step only": (8, "np.fmax.reduce(success, axis=2)", "success[:, :, -1]"),
-    "fit on all tasks": (9, "pinv(features[:, fitted]) @ actions[fitted]", "pinv(features) @ actions"),
+    "fit on all tasks": (9, "(features[:, fitted], rcond=1e-3) @ actions[fitted]", "(features, rcond=1e-3) @ actions"),
     "tested where fitted": (9, "[:, ~fitted] @ weights - actions[~fitted]", "[:, fitted] @ weights - actions[fitted]"),
     "no intercept": (9, "torch.ones_like(memories[..., :1])", "torch.zeros_like(memories[..., :1])"),
     "likeness to the working memory": (9, "(memories, memories[-1:], dim=2)", "(memories, memories[:1], dim=2)"),
