@@ -787,6 +787,8 @@ class TestMistakes:
             *((flag, flag) for flag in ("--learning-rate nan", "--device abacus", "--device meta")),
             *((flag, flag) for flag in ("--runs-dir /dev/null", "--seed 4294967295")),
             ("--resume nowhere", "--resume, --test: nowhere is no run's folder"),
+            ("--test=", "--resume, --test:  is no run's folder"),  # of "$RUN", unset
+            ("--memory-length 1e9", "--memory-length 1000000000: takes a number from 1 to 10000"),
         ],
     )
     def test_a_mistake_ends_with_one_line_and_code_2(self, tmp_path, monkeypatch, capsys, flags, named):
@@ -815,7 +817,7 @@ class TestMistakes:
             line = error(capsys, 2, action, folder, *flag.split())
             assert line.startswith(flag) and "test-tasks" in line
         assert error(capsys, 2, action, folder, "--no-t-fixup").startswith("--t-fixup False")
-        assert error(capsys, 2, "--resume", folder, "--test", folder).startswith("--test ")
+        assert error(capsys, 2, "--resume", folder, "--test", "other").startswith("--test other")
         assert content_of(folder) == before
 
     def test_a_run_that_is_not_annealed_goes_on_as_if_it_had_been_longer(self, tmp_path):
@@ -857,7 +859,10 @@ class TestMistakes:
         del checkpoint["args"]["min_input_std"]
         torch.save(checkpoint, folder / "checkpoint.pt")
         assert trmrl.load(folder)[2].min_input_std == 0.5
-        checkpoint["args"]["dropout"] = 0.1
+        checkpoint["args"] |= {"d_model": 16}
+        torch.save(checkpoint, folder / "checkpoint.pt")
+        assert "has another network" in error(capsys, 2, "--resume", folder)
+        checkpoint["args"] |= {"dropout": 0.1}
         torch.save(checkpoint, folder / "checkpoint.pt")
         assert "dropout" in error(capsys, 2, "--test", folder)
 

@@ -6,8 +6,7 @@ on trials: E episodes of one task, concatenated. At meta-test the weights are fr
 
     python trmrl.py --env HalfCheetahVel --layers 4     train, meta-test, write runs/<name>/
     python trmrl.py --env PointMass                     the same on a small example, within a minute
-    python trmrl.py --resume runs/<name>                go on from the last checkpoint
-    python trmrl.py --test runs/<name>                  run the meta-tests alone
+    python trmrl.py --resume runs/<name>                go on from the last checkpoint; --test: the meta-tests alone
 
 Paper and code, in the order of this file: first the left half of the table, then the right one.
 Eq. 1, 3 to 5   self-attention      TransformerLayer          Sec. 5.1    PPO on trials  ppo_update
@@ -308,8 +307,7 @@ def gather(mine: object) -> list:
 def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks (n, ·) at once, each in its own environment for E episodes; with mean actions unless explore.
     Raises RunFailed if the simulator or the policy returns a NaN or an infinity."""
-    S, A, T = agent.num_observations, agent.num_actions, E * agent.horizon
-    rank, processes = rank_and_processes()
+    S, A, T, (rank, processes) = agent.num_observations, agent.num_actions, E * agent.horizon, rank_and_processes()
     mine = np.array_split(np.arange(len(tasks)), processes)[rank]
     transitions = np.zeros((T + 1, len(mine), S + A + 2), dtype=np.float32)  # B of Alg. 1, but for its PADs
     s, a, r, eta = named(transitions, S)
@@ -386,8 +384,7 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
         log_ratio = policy.log_prob(trial.a[at]).sum(1) - trial.log_probs[at]
         ratio = log_ratio.exp()
         policy_loss = -clipped_objective(ratio, advantages[at], args.clip_coef).sum() / size
-        # In the value head's unit, so that the shared memories serve both heads whatever the size of the rewards.
-        value_loss = 0.5 * ((value - returns[at]) / agent.return_std).square().sum() / size
+        value_loss = 0.5 * ((value - returns[at]) / agent.return_std).square().sum() / size  # in the value head's unit
         optimizer.zero_grad()
         (policy_loss + value_loss).backward()
         approx_kl, clipped = (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_coef).sum()
@@ -546,8 +543,7 @@ class MetaWorld(gymnasium.Env):
         self.make_benchmark, self.classes = metaworld.ML1, metaworld.env_dict.ALL_V3_ENVIRONMENTS
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
-        """Each environment, and each goal, comes once before any comes again. Sorted by environment, so that each of
-        torchrun's processes needs the simulators of only a few."""
+        """Each environment and each goal comes once before any comes again. Sorted, for processes to share."""
         environments = np.sort(np.resize(rng.permutation(len(self.names)), n))
         goals = np.resize(rng.permutation(50), n) + (50 if split == "test" and self.held_out else 0)
         return (100 * environments + goals)[:, None]
@@ -598,7 +594,7 @@ def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, di
             raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         values = dict(checkpoint["args"])
-        made_by, _ = values.pop("method"), values.pop("versions")
+        made_by, *_ = values.pop("method"), values.pop("versions"), values["env"], checkpoint["rows"]
     except Exception as error:  # of many kinds, as the file may be missing, damaged or something else
         raise UserError(problem + "is no run's folder, or its checkpoint.pt is damaged") from error
     if made_by != method:
@@ -611,23 +607,23 @@ def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, di
 def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) -> tuple[Agent, list, Args, dict, Path]:
     """Returns the agent and environments that the flags ask for, the flags, the checkpoint of --resume or --test (else
     {}) and the run's folder. Raises UserError for an impossible value, or one that would make a stored run another."""
-    argv = [re.sub(r"(^|=)(\d+e\d+)$", lambda x: x[1] + str(int(float(x[2]))), word) for word in argv]  # 1e6 is whole
+    argv = [re.sub(r"(^|=)(\d+e\d\d?)$", lambda x: x[1] + str(int(float(x[2]))), word) for word in argv]  # 1e6 is whole
     asked = tyro.cli(args_class, args=[flag for flag in argv if flag not in ("-h", "--help")])
-    folder = asked.resume or asked.test
+    folder = asked.test if asked.resume is None else asked.resume
     before, checkpoint = default_args(args_class, asked.env), {}
-    if folder:
+    if folder is not None:
         before, checkpoint = read_run(folder, args_class, agent_class.method)
     args, changed = tyro.cli(args_class, args=argv, default=before), ""
     may_change = ["device", "test_tasks", "test_episodes", "seed" if args.test else "eval_interval"]
     may_change += ["total_timesteps"] if args.resume and not args.anneal else []  # annealing depends on the total
-    limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "test_tasks": (2, 10**6)}
-    limits["total_timesteps"] = (before.total_timesteps if folder else 1, 10**12)  # a run can only become longer
+    limits = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "minibatch_size": (1, 10**9)}
+    limits |= {"test_tasks": (2, 10**4), "total_timesteps": (before.total_timesteps if checkpoint else 1, 10**12)}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if folder and value != getattr(before, name) and name not in ("resume" if args.resume else "test", *may_change):
+        if checkpoint and name not in may_change and value not in (getattr(before, name), folder):
             changes = ", ".join(may_change).replace("_", "-")
             raise UserError(f"{flag}: {folder} has {getattr(before, name)}, and only {changes} can change")
-        low, high = limits.get(name, (1, 10**12) if type(value) is int else (1e-9, 1e9))
+        low, high = limits.get(name, (1, 10**4) if type(value) is int else (1e-9, 1e9))
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag}: takes a number from {low:g} to {high:g}")
         if value != getattr(before, name) and name not in ("seed", "runs_dir", "device"):
@@ -636,14 +632,16 @@ def set_up(argv: list[str], agent_class: type[Agent], args_class: type[Args]) ->
         raise UserError(f"--heads {args.heads}: takes a divisor of --d-model {args.d_model}")
     try:
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {args.device}: takes a device that torch finds here, such as cpu") from None
-    seed = before.seed if folder else args.seed  # of ML1's goals, which a test's own seed must not change
+    seed = before.seed if checkpoint else args.seed  # of ML1's goals, which a test's own seed must not change
     envs = [ENVS[args.env](seed=seed) for _ in range(max(args.num_tasks, math.ceil(1.5 * args.test_tasks)))]
     torch.manual_seed(args.seed)  # for the initial weights alone: all else draws from random_stream
     agent = agent_class(envs[0], args)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+    try:
+        agent.load_state_dict(checkpoint.get("agent", agent.state_dict()))
+    except RuntimeError as error:
+        raise UserError(f"--resume, --test: {folder} has another network than its flags make here") from error
     name = f"{args.env}-{agent.method}{changed[:150]}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     return agent, envs, args, checkpoint, Path(folder or Path(args.runs_dir, name))
 
@@ -653,7 +651,7 @@ def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Arg
     changes are what --test takes: test_tasks, test_episodes, and seed for other tasks. A run of another method needs
     its two classes: load(run, rl2.RL2, rl2.Args)."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
-    return set_up(["--test", str(run), *flags], agent_class, args_class)[:3]
+    return set_up(["--test", str(Path(run)), *flags], agent_class, args_class)[:3]
 
 
 def write(path: Path, save) -> None:
@@ -738,16 +736,18 @@ def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[di
     if not run:
         return
     env_steps = rows[-1]["env_steps"] if rows else 0
-    print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
-    print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
-    for split, arrays in tests.items():
-        for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
-            if not np.isnan(values).any():
-                print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
-    for name, arrays in files.items():  # after the table, so that it is seen even if writing fails
-        arrays |= {"seed": args.seed, "env_steps": env_steps}  # what the file was made with
-        write(run / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
-    print(f"written to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
+    try:
+        for name, arrays in files.items():
+            arrays |= {"seed": args.seed, "env_steps": env_steps}  # what the file was made with
+            write(run / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
+        print(f"\nwritten to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
+    finally:  # the table is worth its minutes even where nothing can be written
+        print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
+        print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
+        for split, arrays in tests.items():
+            for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
+                if not np.isnan(values).any():
+                    print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
 
 
 def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_class: type[Args] = Args) -> int:
@@ -784,12 +784,12 @@ def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_c
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RunFailed, OSError) as error:
+    except (RunFailed, OSError, MemoryError) as error:
         print(f"error: {error}" + (f"; {run} holds what came before" if run else ""), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         go_on = f"; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(run)])}"
-        print("\nstopped" + (go_on if run and not args.test else ""))
+        print("\nstopped" + (go_on if run and (run / "checkpoint.pt").exists() and not args.test else ""))
         return 130
     finally:
         if distributed.is_initialized():
