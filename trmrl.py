@@ -46,12 +46,12 @@ from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-torch.set_num_threads(1)  # more gain nothing at these sizes, and wait for each other where other programs run
+torch.set_num_threads(1)  # more threads gain nothing at these sizes, and lose much beside other programs
 
 
 @dataclass
 class Args:
-    """TrMRL: meta-train on tasks of one kind, then meta-test with frozen weights. A word like [task] opens a group."""
+    """TrMRL: meta-train, then meta-test with frozen weights. A word in brackets opens a group of flags."""
 
     env: str = "HalfCheetahVel"  # [task] HalfCheetahVel, AntDir, ML1-Reach, ML1-Push, ML45-Train or PointMass
     num_tasks: int = 20  # tasks drawn in each iteration, with one trial of each (Sec. 5.1)
@@ -178,7 +178,7 @@ class Agent(nn.Module):
     Another method is a subclass (baselines/) that overrides build, and those methods below that differ."""
 
     method = "TrMRL"  # its name in args.json and in figures
-    evaluation_episodes = 1  # of an evaluation during training; the last one is scored
+    evaluation_episodes = 1  # how many an evaluation during training has; the last one is scored
 
     def __init__(self, env: gymnasium.Env, args: Args):
         super().__init__()
@@ -203,7 +203,7 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(args.init_std)))
         self.value = xavier_linear(args.d_model, 1)
         self.register_buffer("return_mean", torch.zeros(()))  # the return that an output of 0 of the value head means
-        self.register_buffer("return_std", torch.ones(()))  # by how much an output of 1 exceeds that
+        self.register_buffer("return_std", torch.ones(()))  # how much more return an output of 1 means
         self.register_buffer("positions", sinusoidal_positions(args.memory_length, args.d_model))
         self.register_buffer("causal", torch.ones(args.memory_length, args.memory_length, dtype=torch.bool).tril())
 
@@ -225,8 +225,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def rescale_value(self, returns: Tensor) -> None:
-        """Lets 0 and 1 of the value head mean these returns' mean and one std more; what it predicts stays (PopArt, van
-        Hasselt et al. 2016). Else learning would wait till the head has grown to the size of the returns."""
+        """Rescales the value head: its output 0 now means these returns' mean, and 1 a std more. What it predicts stays
+        (PopArt, van Hasselt et al. 2016). Else learning would wait till the head has grown to the returns' size."""
         mean, std = returns.mean(), returns.std(correction=0).clamp(min=0.01)
         self.value.weight *= self.return_std / std
         self.value.bias.copy_((self.value.bias * self.return_std + self.return_mean - mean) / std)
@@ -248,7 +248,7 @@ class Agent(nn.Module):
         mask = torch.where(self.causal & filled[:, None], 0.0, -1e9)[:, None]  # (B, 1, N, N)
         memories, attention = [e[:, -1]], []
         for layer in self.layers:  # Alg. 1: refine episodic memories
-            queries = e[:, -1:] if layer is self.layers[-1] else e  # nobody reads the last layer's others
+            queries = e[:, -1:] if layer is self.layers[-1] else e  # the last layer's other rows are not read
             e, alpha = layer(queries, e, mask[:, :, -queries.shape[1] :])
             memories.append(e[:, -1])
             attention.append(alpha[:, :, -1])
@@ -322,7 +322,7 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
                 envs[i].task = tasks[task]
                 s[t, i], _ = envs[i].reset(seed=int(seeds[i]))  # s_next ← s_0
             alive[:] = True
-        noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # for any number of processes
+        noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # drawn for all tasks
         action, log_probs[t], values[t], state = agent.act(buffer, t, living, torch.from_numpy(noise), state)  # a_t ∼ π
         valid[t], last_step = alive, (t + 1) % agent.horizon == 0
         for i in np.flatnonzero(alive):
@@ -420,7 +420,7 @@ def episode_results(trial: Trial, episodes: int) -> tuple[np.ndarray, np.ndarray
 
 
 def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
-    """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): episodes of each of test_tasks tasks, with mean actions.
+    """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): test_tasks tasks, so many episodes of each, with mean actions.
     Returns for "test" and, where there are such tasks, "ood": rewards (tasks, episodes, H), success (tasks, episodes),
     tasks (tasks, ·) and observations (tasks, H, S) of the first episode."""
     results = {}
@@ -438,7 +438,7 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
     """What the memories of each layer hold, for refinement.npz, working_memories.npz and attention.npz.
     Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
     model from e^l to the policy's mean action, fitted on two tasks of every three and tested on the third.
-    Fig. 8, latents: φ of the first episode's transitions. Attention: of the current step, averaged over all."""
+    Fig. 8, latents: φ of the first episode's transitions. Attention: of the current step, a mean over steps."""
     rng = random_stream(args.seed, "refinement")
     tasks = envs[0].sample_tasks("test", math.ceil(1.5 * args.test_tasks), rng)
     trial = agent.collect(envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
@@ -450,7 +450,7 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
     fitted = task.numpy() % 3 < 2  # not the first two thirds, as ML45's tasks are sorted by environment
     errors = {"representation_error": 1 - torch.cosine_similarity(memories, memories[-1:], dim=2).mean(1).numpy()}
     features = torch.cat([memories, torch.ones_like(memories[..., :1])], dim=2).double().numpy()  # with an intercept
-    weights = np.linalg.pinv(features[:, fitted], rcond=1e-3) @ actions[fitted]  # without what hardly varies there
+    weights = np.linalg.pinv(features[:, fitted], rcond=1e-3) @ actions[fitted]  # but for what hardly varies there
     errors["regression_mse"] = np.square(features[:, ~fitted] @ weights - actions[~fitted]).mean((1, 2))
     t, task = t[t < agent.horizon], task[t < agent.horizon]
     embedding = agent.phi(agent.normalise(trial.transitions[t, task])).numpy()
@@ -543,7 +543,7 @@ class MetaWorld(gymnasium.Env):
         self.make_benchmark, self.classes = metaworld.ML1, metaworld.env_dict.ALL_V3_ENVIRONMENTS
 
     def sample_tasks(self, split: str, n: int, rng: Generator) -> np.ndarray:
-        """Each environment and each goal comes once before any comes again. Sorted, for processes to share."""
+        """Each environment and each goal comes once before any comes again. Sorted, so that a process needs few."""
         environments = np.sort(np.resize(rng.permutation(len(self.names)), n))
         goals = np.resize(rng.permutation(50), n) + (50 if split == "test" and self.held_out else 0)
         return (100 * environments + goals)[:, None]
@@ -655,7 +655,7 @@ def load(run: str | Path, agent_class: type[Agent] = Agent, args_class: type[Arg
 
 
 def write(path: Path, save) -> None:
-    """Writes what save(file) writes to path, by way of a temporary file, so that path is never half-written."""
+    """Writes to path what save(file) does, by way of a temporary file, so that path is never half-written."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     save(content)
     try:
