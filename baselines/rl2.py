@@ -16,6 +16,8 @@ from tyro.conf import Fixed, Suppress
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
+CHUNK = 100  # steps that a gradient goes back through the GRU; going through whole trials takes twice as long
+
 
 @dataclass
 class Args(trmrl.Args):
@@ -45,14 +47,20 @@ class RL2(trmrl.Agent):
         return self.phi(torch.cat([s, self.normalise(previous)[..., self.num_observations :]], dim=-1))
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """φ and the GRU's state at steps t (B,) of tasks (B,), each (B, d), run through the trials from their start."""
+        """φ and the GRU's state at steps t (B,) of tasks (B,), each (B, d), run through the trials from their start.
+        A first pass gives the state before each chunk of steps; gradients stay within a chunk, as in R2D2."""
         eta = transitions[:-1, :, -1].unflatten(0, (-1, self.horizon))  # (E, H, n)
         lived = (eta.cumsum(1) == eta).flatten(0, 1)  # no η in the episode before: (T, n)
         lived = torch.cat([lived, torch.ones_like(lived[:1])])
         order = (~lived).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others: (T + 1, n)
         steps = transitions.gather(0, order[..., None].expand_as(transitions))
         x = self.embed(steps, torch.cat([torch.zeros_like(steps[:1]), steps[:-1]]))
-        states, _ = self.layers(x)
+        with torch.no_grad():
+            states, _ = self.layers(x)
+        starts = torch.cat([torch.zeros_like(states[:1]), states[CHUNK - 1 : -1 : CHUNK]])  # (chunks, n, d)
+        chunks = nn.utils.rnn.pad_sequence(x.split(CHUNK))  # (CHUNK, chunks, n, d)
+        states, _ = self.layers(chunks.flatten(1, 2), starts.flatten(0, 1)[None])
+        states = states.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)  # (chunks · CHUNK, n, d)
         at = lived.cumsum(0)[t, task] - 1, task
         return [x[at], states[at]], []
 
