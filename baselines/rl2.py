@@ -16,8 +16,6 @@ from tyro.conf import Fixed, Suppress
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
-CHUNK = 100  # steps that a gradient goes back through the GRU; going through whole trials takes twice as long
-
 
 @dataclass
 class Args(trmrl.Args):
@@ -36,6 +34,7 @@ class RL2(trmrl.Agent):
     """π(a_t | h_t), h_t = GRU(φ(s_t, a_t-1, r_t-1, η_t-1), h_t-1). After a death h rests till the episode ends."""
 
     method = "RL2"
+    chunk = 100  # the steps that a gradient goes back; through whole trials an update takes twice as long
 
     def build(self, args: Args) -> None:
         super().build(args)
@@ -48,7 +47,7 @@ class RL2(trmrl.Agent):
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """φ and the GRU's state at steps t (B,) of tasks (B,), each (B, d), run through the trials from their start.
-        A first pass gives the state before each chunk of steps; gradients stay within a chunk, as in R2D2."""
+        A first pass, without gradients, finds the state before each chunk of steps; a second one starts there."""
         eta = transitions[:-1, :, -1].unflatten(0, (-1, self.horizon))  # (E, H, n)
         lived = (eta.cumsum(1) == eta).flatten(0, 1)  # no η in the episode before: (T, n)
         lived = torch.cat([lived, torch.ones_like(lived[:1])])
@@ -57,10 +56,10 @@ class RL2(trmrl.Agent):
         x = self.embed(steps, torch.cat([torch.zeros_like(steps[:1]), steps[:-1]]))
         with torch.no_grad():
             states, _ = self.layers(x)
-        starts = torch.cat([torch.zeros_like(states[:1]), states[CHUNK - 1 : -1 : CHUNK]])  # (chunks, n, d)
-        chunks = nn.utils.rnn.pad_sequence(x.split(CHUNK))  # (CHUNK, chunks, n, d)
+        starts = torch.cat([torch.zeros_like(states[:1]), states[self.chunk - 1 : -1 : self.chunk]])  # (chunks, n, d)
+        chunks = nn.utils.rnn.pad_sequence(x.split(self.chunk))  # (chunk, chunks, n, d)
         states, _ = self.layers(chunks.flatten(1, 2), starts.flatten(0, 1)[None])
-        states = states.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)  # (chunks · CHUNK, n, d)
+        states = states.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)  # (chunks · chunk, n, d)
         at = lived.cumsum(0)[t, task] - 1, task
         return [x[at], states[at]], []
 

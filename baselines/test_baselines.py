@@ -17,6 +17,7 @@ class TestRL2:
         """Of acting and of training, against torch.nn.GRUCell over (s, a, r, η of the step before) of lived steps."""
         envs = copies(Mortal)
         agent = rl2.RL2(envs[0], rl2.Args(d_model=8))
+        agent.chunk = 7  # of 41 steps: five chunks, and a shorter one
         cell = torch.nn.GRUCell(8, 8)
         cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in agent.layers.state_dict().items()})
         trial = trial_of(envs, agent, tasks=8)
@@ -30,6 +31,18 @@ class TestRL2:
                 x = torch.cat([trial.transitions[t, task, :1], before[1:]])
                 state, before = cell(agent.phi(agent.normalise(x))[None], state), trial.transitions[t, task]
                 torch.testing.assert_close(agent.value(state)[0, 0], trial.values[t, task], rtol=1e-4, atol=1e-5)
+
+    def test_gradients_stay_within_a_chunk(self):
+        envs = copies(Mortal)
+        agent = rl2.RL2(envs[0], rl2.Args(d_model=8))
+        agent.chunk = 7
+        transitions = torch.rand(41, 2, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])  # no η: nobody dies
+        transitions.requires_grad_()
+        _, value = agent(transitions, torch.tensor([16]), torch.tensor([1]))
+        gradient = torch.autograd.grad(value.sum(), transitions)[0]
+        # Steps 14 to 16 of the third chunk; of step 13 the action and the reward enter at 14, its observation does not.
+        assert gradient[:, 1].any(1).nonzero()[:, 0].tolist() == [13, 14, 15, 16]
+        assert not gradient[13, 1, 0] and not gradient[:, 0].any()
 
     def test_learns_a_toy_task_distribution(self, tmp_path):
         """The point mass reaches unseen hidden velocities; it was trained on two episodes in a row."""
