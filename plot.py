@@ -1,34 +1,43 @@
 """Draws every figure of the paper that the given runs can give, from the files that trmrl.py wrote.
 
-    python plot.py runs/* [--out DIR]     PNG files, film.gif and summary.md into DIR, else figures/
+    python plot.py runs/* [--out DIR]     PNG files into DIR, else figures/
+    python plot.py runs/* --film          the same, and film.gif, which takes a minute
 
-Runs that differ in the seed alone are one setting: a curve is their mean, a band the 95 % bootstrap interval. What is
-damaged or unfinished is left out, with a line that says why. Exit codes: 0; 1 if any was; 2 if no run can be read.
+Runs that differ in the seed alone are one setting: a curve is their mean, a band the 95 % interval by Student's t,
+given from three seeds on. Where one run is shown, it is the setting's median seed by test return. What is damaged or
+unfinished is left out, with a line that says why. Exit codes: 0; 1 if any was; 2 if no run can be read.
 """
 
 import json
+import math
 import os
+import re
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import tyro
 from matplotlib.animation import PillowWriter
+from scipy import stats
 from tqdm import tqdm
+
+import trmrl
 
 NOT_A_SETTING = {"seed", "eval_interval", "test_tasks", "test_episodes", "runs_dir", "device", "versions"}
 COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_success", "ood_return"]
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
+RETURN, SUCCESS, REWARD = "return of an episode", "success rate", "reward of a step"
+COLOURS = dict(zip(("TrMRL", "RL²", "VariBAD", "PEARL", "MAML"), sns.color_palette("colorblind").as_hex()))
 plt.switch_backend("Agg")  # there may be no screen
-sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight"})
-plt.rcParams["axes.formatter.useoffset"] = False  # else ticks are differences from a number in the corner
+sns.set_theme("paper", "ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight", "axes.formatter.useoffset": False})
 
 
 # --- Runs and settings ------------------------------------------------------------------------------------------------
@@ -42,15 +51,18 @@ class Run:
     seed: int
     unfinished: bool
     label: str = ""  # its setting's name in legends
-    colour: str = ""  # its setting's colour in all figures
-
-    def title(self) -> str:
-        return f"{self.env}, {self.label}, seed {self.seed}"
+    colour: str = ""  # its setting's colour
 
     def setting(self, without: str = "") -> str:
         """A key of all runs that differ in NOT_A_SETTING alone, or in one more flag."""
         ignored = NOT_A_SETTING | {without}
         return json.dumps({name: value for name, value in self.args.items() if name not in ignored}, sort_keys=True)
+
+    def changed(self) -> int:
+        """The number of flags that are not at the environment's defaults, those of TrMRL."""
+        defaults = vars(trmrl.Args()) | trmrl.DEFAULTS.get(self.env, {})
+        compared = defaults.keys() & self.args.keys() - NOT_A_SETTING - {"env"}
+        return sum(self.args[name] != defaults[name] for name in compared)
 
 
 def load_run(folder: Path, problems: list[str]) -> Run:
@@ -89,17 +101,39 @@ def differing_flags(runs: list[Run]) -> list[str]:
     return [name for name in flags if flags[name].astype(str).nunique(dropna=False) > 1]
 
 
-def label_settings(runs: list[Run]) -> None:
-    """Sorts by label: the method and the flags that differ within the same environment and method."""
+def named(flag: str, value: object) -> str:
+    """A setting as people call it: N = 5, Xavier + LayerNorm, learning rate = 0.001."""
+    if flag == "t_fixup":
+        return "T-Fixup" if value else "Xavier + LayerNorm"
+    return f"{ {'memory_length': 'N', 'layers': 'L'}.get(flag, flag.replace('_', ' ')) } = {value}"
+
+
+def by_numbers(label: str) -> list:
+    """A key that sorts L = 4 before L = 12: text and numbers in turn."""
+    parts = re.split(r"(\d[\d.]*(?:e-?\d+)?)", label)
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def label_settings(runs: list[Run], ablation: bool = False) -> list[Run]:
+    """Copies of the runs, sorted, each with its setting's label and colour. The label is the method and the flags that
+    differ within the same environment and method; in an ablation of one method the flags alone. The setting of a method
+    that is closest to the defaults has the method's colour; the others have shades, in the order of their values."""
+    runs = [replace(run) for run in runs]
+    one_method = len({run.method for run in runs}) == 1
     for run in runs:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
-        run.label = run.method + "".join(f", {flag.replace('_', ' ')} {run.args.get(flag)}" for flag in flags)
-        run.label += ", unfinished" if run.unfinished else ""
-    runs.sort(key=lambda run: (len(run.label), run.label, run.seed))  # layers 4 before layers 12
-    labels = list(dict.fromkeys(run.label for run in runs))
-    palette = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels)).as_hex()
-    for run in runs:
-        run.colour = palette[labels.index(run.label)]
+        names = [named(flag, run.args.get(flag)) for flag in flags]
+        names = names if ablation and one_method else [run.method, *names]
+        run.label = ", ".join([*names, "unfinished"] if run.unfinished else names)
+    for method in {run.method for run in runs}:
+        members = sorted((run for run in runs if run.method == method), key=Run.changed)
+        usual, *others = dict.fromkeys(run.label for run in members)
+        shades = dict(zip(sorted(others, key=by_numbers), sns.color_palette("magma_r", len(others)).as_hex()))
+        for run in members:
+            run.colour = shades.get(run.label, COLOURS.get(method, "black"))
+    methods = {method: place for place, method in enumerate(COLOURS)}
+    shown_first = ["HalfCheetahVel", "AntDir", *sorted(run.env for run in runs)]
+    return sorted(runs, key=lambda run: (shown_first.index(run.env), methods.get(run.method, 9), by_numbers(run.label)))
 
 
 def load_runs(folders: list[Path], problems: list[str]) -> list[Run]:
@@ -110,23 +144,33 @@ def load_runs(folders: list[Path], problems: list[str]) -> list[Run]:
             runs.append(load_run(folder, problems))
         except (OSError, ValueError, KeyError, TypeError):
             problems.append(f"{folder} has no args.json and progress.csv, or they are empty or damaged")
-    runs = select(runs, problems)
-    label_settings(runs)
-    return sorted(runs, key=lambda run: (run.env != "HalfCheetahVel", run.env, run.method != "TrMRL"))
+    return label_settings(select(runs, problems))
 
 
 def ablations(runs: list[Run]) -> dict[str, list[Run]]:
-    """For each flag the runs that have another which differs in this flag alone."""
+    """For each flag but the budget the runs that have another which differs in this flag alone."""
     found = {}
-    for flag in sorted(set(differing_flags(runs)) - {"env", "method"}):
+    for flag in sorted(set(differing_flags(runs)) - {"env", "method", "total_timesteps"}):
         rivals = Counter(rest for rest, _ in {(run.setting(without=flag), run.setting()) for run in runs})
-        found[flag] = [run for run in runs if rivals[run.setting(without=flag)] > 1]
+        members = [run for run in runs if rivals[run.setting(without=flag)] > 1]
+        found[flag] = label_settings(members, ablation=True)
     return found
 
 
-def curve(run: Run, what: str, y: np.ndarray, x: np.ndarray | None = None) -> pd.DataFrame:
+def has_velocities(run: Run) -> bool:
+    return run.env == "HalfCheetahVel" and "observations" in run.files.get("meta_test", ())
+
+
+def median_run(runs: list[Run]) -> Run:
+    """Of the first run's setting, the seed in the middle by test return, the lower one of two: it stands for all."""
+    same = [run for run in runs if run.setting() == runs[0].setting()]
+    return sorted(same, key=lambda run: run.files["meta_test"]["rewards"][:, 0].sum(1).mean())[(len(same) - 1) // 2]
+
+
+# --- Tables of curves, and how they are drawn -------------------------------------------------------------------------
+def curve(run: Run, quantity: str, y: np.ndarray, x: np.ndarray | None = None) -> pd.DataFrame:
     """A row a point, over x, else 1, 2, ... There is one y a run and x, so that bands are over the seeds alone."""
-    row = {"panel": f"{run.env}: {what}", "setting": run.label, "colour": run.colour, "seed": run.seed}
+    row = {"env": run.env, "quantity": quantity, "setting": run.label, "colour": run.colour, "seed": run.seed}
     return pd.DataFrame(row | {"x": np.arange(1, len(y) + 1) if x is None else x, "y": y})
 
 
@@ -142,185 +186,177 @@ def learning_curves(runs: list[Run], x: str = "env_steps", unit: float = 1e6) ->
     judged_by_success = {run.env for run in runs if run.files["progress"]["test_success"].notna().any()}
     curves = []
     for run in runs:
-        column = "test_success" if run.env in judged_by_success else "test_return"
+        column, quantity = ("test_success", SUCCESS) if run.env in judged_by_success else ("test_return", RETURN)
         tests = run.files["progress"].dropna(subset=column)
-        curves.append(curve(run, column.replace("_", " "), tests[column], tests[x] / unit))
-    return pd.concat(curves).groupby(["panel", "setting", "colour"], sort=False).apply(common_steps).reset_index()
+        curves.append(curve(run, quantity, tests[column], tests[x] / unit))
+    groups = pd.concat(curves).groupby(["env", "quantity", "setting", "colour"], sort=False)
+    return groups.apply(common_steps).reset_index()
 
 
 def episode_curves(runs: list[Run], file: str) -> pd.DataFrame:
-    """Returns of successive episodes of the same task, as means over the tasks."""
-    returns = [(run, run.files[file]["rewards"].sum(axis=2).mean(axis=0)) for run in runs]
-    return pd.concat([curve(run, f"{file.replace('_', ' ')} return", y) for run, y in returns])
+    """Returns of successive episodes of the same task, means over the tasks."""
+    return pd.concat([curve(run, RETURN, run.files[file]["rewards"].sum(axis=2).mean(axis=0)) for run in runs])
 
 
 def refinement_curves(runs: list[Run]) -> pd.DataFrame:
     """Two errors of what each layer makes of the working memories."""
-    errors = [(run, name) for run in runs for name in ("representation_error", "regression_mse")]
-    values = [(run, name.replace("_", " "), run.files["refinement"][name]) for run, name in errors]
-    return pd.concat([curve(run, name, y, np.arange(len(y))) for run, name, y in values])
+    names = {"representation_error": "representation error", "regression_mse": "regression error"}
+    errors = [(run, names[name], run.files["refinement"][name]) for run in runs for name in names]
+    return pd.concat([curve(run, quantity, y, np.arange(len(y))) for run, quantity, y in errors])
 
 
-def draw_curves(table: pd.DataFrame, xlabel: str, empty_panels: tuple[str, ...] = ()) -> plt.Figure:
-    """A panel for each in the table, in each a curve a setting, n seeds of each; then the empty ones."""
-    table = table.reset_index(drop=True)
-    seeds = table.groupby(["panel", "setting"], sort=False)["seed"].nunique().groupby("panel").unique()
-    table["panel"] = [f"{name}, n = {', '.join(map(str, seeds[name]))}" for name in table["panel"]]
-    panels = [*table["panel"].unique(), *empty_panels]
-    grid = sns.relplot(
-        table, kind="line", x="x", y="y", errorbar=("ci", 95), seed=0, col="panel", col_order=panels,
-        col_wrap=min(3, len(panels)), hue="setting", palette=dict(zip(table["setting"], table["colour"])),
-        height=2.7, aspect=1.3, marker="o" if table["x"].nunique() <= 20 else None,
-        facet_kws={"sharex": False, "sharey": False, "legend_out": False},
-    )  # fmt: skip
-    grid.set_titles("{col_name}").set_axis_labels(xlabel, "").figure.subplots_adjust(wspace=0.3, hspace=0.5)
-    sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), title=None, frameon=False, ncol=min(2, len(panels)))
-    for axes in grid.axes.flat:
-        axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=table["x"].dtype == int))
-    return grid.figure
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % by Student's t over seeds, given from three on; else NaNs."""
+    if len(values) < 3:
+        return np.nan, np.nan
+    return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int = 0) -> plt.Figure:
+    """A panel for each environment and quantity, in each a curve a setting with its band; then empty panels."""
+    panels = list(table.groupby(["env", "quantity"], sort=False))
+    columns, few = min(columns, len(panels) + empty), xlabel in ("episode", "layer")
+    rows = math.ceil((len(panels) + empty) / columns)
+    size = 3 * columns + 1.5, 2.4 * rows  # the legend stands beside
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, ((env, quantity), part) in zip(grid.flat, panels):
+        style = dict(hue="setting", palette=dict(zip(part["setting"], part["colour"])), legend=False, ax=axes)
+        sns.lineplot(part, x="x", y="y", errorbar=interval, marker="o" if few else None, **style)
+        axes.set(title=env, xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
+        axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
+    for axes in grid.flat[len(panels) + empty :]:
+        axes.remove()
+    colours = dict(zip(table["setting"], table["colour"]))
+    if len(colours) > 1:
+        handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    seeds = " or ".join(str(n) for n in sorted(set(table.groupby(["env", "setting"])["seed"].nunique())))
+    figure.supxlabel(f"means over {seeds} seeds; 95 % intervals from three seeds on", fontsize="small", color="gray")
+    return figure
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
 def draw_working_memories(runs: list[Run]) -> plt.Figure:
-    """Fig. 8: the first run's working memories on their three principal components, coloured by task."""
-    run, memories = runs[0], runs[0].files["working_memories"]
+    """Fig. 8: the working memories of the median seed on their three principal components, coloured by task."""
+    run = median_run(runs)
+    memories = run.files["working_memories"]
     centred = memories["embedding"] - memories["embedding"].mean(axis=0)
     _, _, components = np.linalg.svd(centred, full_matrices=False)
     figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
     dots = axes.scatter(*components[:3] @ centred.T, c=memories["task"], cmap="viridis", s=4, linewidth=0)
-    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=run.title())
+    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=f"{run.env}, seed {run.seed}")
     axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
     figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.2)
     return figure
 
 
 def draw_online_adaptation(runs: list[Run]) -> plt.Figure:
-    """Fig. 9: rewards in the first episode and, for HalfCheetahVel, velocities in four tasks of the first run."""
-    rewards = [run.files["meta_test"]["rewards"][:, 0].mean(axis=0) for run in runs]
-    table = pd.concat([curve(run, "reward in episode 1", y) for run, y in zip(runs, rewards)])
-    shown = [run for run in runs if run.env == "HalfCheetahVel" and "observations" in run.files["meta_test"]]
+    """Fig. 9: rewards in the first episode and, for HalfCheetahVel, velocities in four tasks of the median seed."""
+    table = pd.concat([curve(run, REWARD, run.files["meta_test"]["rewards"][:, 0].mean(axis=0)) for run in runs])
+    shown = [run for run in runs if has_velocities(run)]
+    figure = draw_curves(table, "step of the first episode", empty=bool(shown))
     if not shown:
-        return draw_curves(table, "time step")
-    figure = draw_curves(table, "time step", (f"{shown[0].title()}:\nvelocity (m/s)",))
-    axes, test = figure.axes[-1], shown[0].files["meta_test"]
-    targets, velocities = test["tasks"][:, 0], test["observations"][:, :, 8]
+        return figure
+    run, axes = median_run(shown), figure.axes[-1]
+    targets, velocities = run.files["meta_test"]["tasks"][:, 0], run.files["meta_test"]["observations"][:, :, 8]
     from_slow_to_fast = np.linspace(0, len(targets) - 1, 4).round().astype(int)
     for colour, task in zip(sns.color_palette("viridis", 4), np.argsort(targets)[from_slow_to_fast]):
-        axes.plot(velocities[task], color=colour, label=f"target {targets[task]:.2f}")  # step 0 is the start
+        axes.plot(velocities[task], color=colour)  # step 0 is the start
         axes.axhline(targets[task], color=colour, linestyle=":")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.annotate(f" {targets[task]:.2f}", (1, targets[task]), xycoords=axes.get_yaxis_transform(), color=colour)
+    axes.set(title=f"{run.env}, seed {run.seed}", xlabel="step of the first episode", ylabel="velocity (m/s)")
     return figure
 
 
 def draw_attention(runs: list[Run]) -> plt.Figure:
-    """How the current memory of the first run divides its attention over the working memories, layer by layer."""
-    weights = runs[0].files["attention"]["weights"]
+    """How the current memory of the median seed divides its attention over the working memories, layer by layer."""
+    run = median_run(runs)
+    weights = run.files["attention"]["weights"]
     figure, axes = plt.subplots(figsize=(5, 3))
     extent = (0.5 - weights.shape[1], 0.5, len(weights) + 0.5, 0.5)
-    picture = axes.imshow(weights, aspect="auto", cmap="viridis", extent=extent)
-    axes.set(xlabel="working memory, in steps from now", ylabel="layer", title=runs[0].title())
+    picture = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0, extent=extent)
+    axes.set(xlabel="working memory, in steps from now", ylabel="layer", title=f"{run.env}, seed {run.seed}")
     axes.locator_params(integer=True)
-    figure.colorbar(picture, label="attention weight")
+    figure.colorbar(picture, label="attention weight, mean over heads")
     return figure
 
 
-FIGURES = {  # the file that each needs, and what draws it from the runs that have this file
-    "meta_training": ("progress", lambda runs: draw_curves(learning_curves(runs), "million environment steps")),
-    "adaptation": ("meta_test", lambda runs: draw_curves(episode_curves(runs, "meta_test"), "episode")),
-    "ood": ("ood", lambda runs: draw_curves(episode_curves(runs, "ood"), "episode")),
-    "refinement": ("refinement", lambda runs: draw_curves(refinement_curves(runs), "layer")),
-    "working_memories": ("working_memories", draw_working_memories),
-    "online_adaptation": ("meta_test", draw_online_adaptation),
-    "attention": ("attention", draw_attention),
+FIGURES = {  # the files that a run must have, and what draws the figure from all runs that have them
+    "meta_training": (set(), lambda runs: draw_curves(learning_curves(runs), "million environment steps")),
+    "adaptation": ({"meta_test"}, lambda runs: draw_curves(episode_curves(runs, "meta_test"), "episode")),
+    "ood": ({"ood"}, lambda runs: draw_curves(episode_curves(runs, "ood"), "episode")),
+    "refinement": ({"refinement"}, lambda runs: draw_curves(refinement_curves(runs), "layer", columns=2)),
+    "working_memories": ({"meta_test", "working_memories"}, draw_working_memories),
+    "online_adaptation": ({"meta_test"}, draw_online_adaptation),
+    "attention": ({"meta_test", "attention"}, draw_attention),
 }
 
 
-# --- Film -------------------------------------------------------------------------------------------------------------
-def open_renderer(env: str):
-    """gymnasium's own environment, seen by a camera that follows; None, and a line why, where there is no OpenGL."""
+def open_renderer():
+    """gymnasium's own cheetah, seen by a camera that follows; None, and a line why, where there is no OpenGL."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
-    name = "Ant-v5" if env == "AntDir" else "HalfCheetah-v5"
     try:
-        import gymnasium
-
-        renderer = gymnasium.make(name, render_mode="rgb_array", camera_name="track", width=240, height=160).unwrapped
-        renderer.render()
-        return renderer
+        cheetah = gymnasium.make("HalfCheetah-v5", render_mode="rgb_array", camera_name="track", width=240, height=160)
+        cheetah.unwrapped.render()
+        return cheetah.unwrapped
     except Exception as error:  # without OpenGL one of four kinds, by the driver
         print(f"film.gif: left out ({error}); for OpenGL, install libegl1 and set MUJOCO_GL=egl", file=sys.stderr)
 
 
 def save_film(run: Run, renderer, path: Path) -> None:
-    """A slow, a middle and a fast task, or both directions, in the first episode; below, the velocity as it happens."""
-    observations, tasks = run.files["meta_test"]["observations"], run.files["meta_test"]["tasks"]
-    ant = run.env == "AntDir"
-    velocities = observations[:, :, 13:15] if ant else observations[:, :, 8:9]  # along x and y, or x
-    states = np.append(velocities.cumsum(axis=1) * renderer.dt, observations, axis=2)  # places are not observed
-    speeds = np.cos(tasks) * velocities[..., 0] + np.sin(tasks) * velocities[..., -1] if ant else velocities[..., 0]
-    good = speeds > 0.25 if ant else np.abs(speeds - tasks) <= 0.25  # held: for 20 steps
-    chosen = tasks[:, 0].argsort()[(np.linspace(0.1, 0.9, 2 if ant else 3) * len(tasks)).astype(int)]
-    limits = min(speeds[chosen].min(), 0) - 0.1, max(speeds[chosen].max(), 0 if ant else tasks.max()) + 0.1
+    """A slow, a middle and a fast target in the first episode of HalfCheetahVel; below, the velocity as it happens."""
+    observations, targets = run.files["meta_test"]["observations"], run.files["meta_test"]["tasks"]
+    velocities = observations[:, :, 8]
+    states = np.append(velocities.cumsum(1)[..., None] * renderer.dt, observations, axis=2)  # places are not observed
+    near = np.abs(velocities - targets) <= 0.25  # held: for 20 steps
+    chosen = targets[:, 0].argsort()[[len(targets) // 10, len(targets) // 2, len(targets) * 9 // 10]]
+    limits = velocities[chosen].min() - 0.1, velocities[chosen].max() + 0.1
     figure, writer = plt.Figure(figsize=(7.5, 3.4), layout="constrained"), PillowWriter(fps=12.5)
     with writer.saving(figure, path, dpi=100):
-        for step in tqdm(range(0, speeds.shape[1], 2), "film.gif"):
+        for step in tqdm(range(0, velocities.shape[1], 2), "film.gif"):
             figure.clear()
             for task, above, below in zip(chosen, *figure.subplots(2, len(chosen), sharey="row")):
                 renderer.set_state(*np.split(states[task, step], [renderer.model.nq]))
                 above.imshow(renderer.render()[50:] // 32 * 32, interpolation="nearest")  # few colours: a small file
-                above.set(title=f"{TASKS[run.env]}: {tasks[task, 0]:.2f}", xticks=[], yticks=[])
-                below.hlines(0.0 if ant else tasks[task, 0], 0, speeds.shape[1], "black", ":")
-                below.plot(speeds[task, : step + 1], color=run.colour)
-                held = [f", held from step {t}" for t in range(step + 1) if good[task, t : t + 20].sum() == 20]
-                below.set(xlabel=f"step {step}" + "".join(held[:1]), ylabel="velocity (m/s)", ylim=limits)
+                above.set(title=f"target velocity {targets[task, 0]:.2f} m/s", xticks=[], yticks=[])
+                below.axhline(targets[task, 0], color="black", linestyle=":")
+                below.plot(velocities[task, : step + 1], color=run.colour)
+                held = [f", first held at step {t}" for t in range(step + 1) if near[task, t : t + 20].sum() == 20]
+                below.set(xlim=(0, velocities.shape[1]), ylim=limits, ylabel="velocity (m/s)")
+                below.set_xlabel(f"step {step}" + "".join(held[:1]))
             writer.grab_frame()
-
-
-def mean_and_interval(values: pd.Series) -> str:
-    measured = values.dropna()
-    if len(measured) < 2:
-        return "".join(f"{value:.2f}" for value in measured)
-    low, high = sns.utils.ci(sns.algorithms.bootstrap(measured, seed=0))
-    return f"{measured.mean():.2f} [{low:.2f}, {high:.2f}]"
-
-
-def summary(runs: list[Run]) -> str:
-    """The last results as a Markdown table, a row a setting: mean and, of several seeds, 95 % interval."""
-    last = [run.files["progress"].ffill().iloc[-1] for run in runs]
-    table = pd.DataFrame([{"environment": run.env, "setting": run.label, **row} for run, row in zip(runs, last)])
-    table["million steps"] = table.pop("env_steps") / 1e6
-    table["minutes"] = table.pop("wall_seconds") / 60
-    settings = table.groupby(["environment", "setting"], sort=False)
-    table = settings.agg(mean_and_interval).assign(seeds=settings.size().astype(str)).reset_index()
-    rows = [[name.replace("_", " ") for name in table], ["---"] * table.shape[1], *table.to_numpy()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def write(path: Path, save: Callable) -> None:
     """Under a temporary name, which is then changed, so that path is never half-written; prints path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_stem(path.stem + ".tmp")  # the ending names the format
-    save(temporary)
-    temporary.replace(path)
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     print(path)
 
 
-def draw_all(runs: list[Run], out: Path) -> None:
-    write(out / "summary.md", lambda path: path.write_text(summary(runs), encoding="utf-8"))
-    figures = [(name, [run for run in runs if file in run.files], draw) for name, (file, draw) in FIGURES.items()]
-    figures += [(f"ablation_{flag}", members, FIGURES["meta_training"][1]) for flag, members in ablations(runs).items()]
-    for name, members, draw in figures:
+def draw_all(runs: list[Run], out: Path, film: bool) -> None:
+    jobs = [(name, draw, [run for run in runs if files <= run.files.keys()]) for name, (files, draw) in FIGURES.items()]
+    jobs += [(f"ablation_{flag}", FIGURES["meta_training"][1], members) for flag, members in ablations(runs).items()]
+    for name, draw, members in jobs:
+        if name == "adaptation":  # an agent that acts by its mean repeats itself on MetaWorld, where all starts are one
+            members = [run for run in members if not run.env.startswith("ML")]
         if members:
             figure = draw(members)
             write(out / f"{name}.png", figure.savefig)
             plt.close(figure)
-    run = next((run for run in runs if run.env in TASKS and "observations" in run.files.get("meta_test", ())), None)
-    if run and (renderer := open_renderer(run.env)):
-        write(out / "film.gif", lambda path: save_film(run, renderer, path))
+    shown = [run for run in runs if has_velocities(run)]
+    if film and shown and (renderer := open_renderer()):
+        write(out / "film.gif", lambda path: save_film(median_run(shown), renderer, path))
         renderer.close()
 
 
-def draw(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("figures")) -> int:
+def draw(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("figures"), film: bool = False) -> int:
     """Draws every figure that runs, the folders that trmrl.py has written, can give; out is where they go."""
     problems: list[str] = []
     loaded = load_runs(sorted(set(runs)), problems)
@@ -330,10 +366,13 @@ def draw(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("fi
         print("error: no run at all: give runs/<name> folders that trmrl.py has written", file=sys.stderr)
         return 2
     try:
-        draw_all(loaded, out)
+        draw_all(loaded, out, film)
     except OSError as reason:
         print(f"error: --out {out}: takes a folder that can be written ({reason.strerror})", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     return int(bool(problems))
 
 

@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from PIL import Image
 
 import plot
@@ -44,17 +45,14 @@ class TestFigures:
         bad += [fake_run(tmp_path / f"bad {name}", seed=9) / name for name in ("args.json", "progress.csv")]
         for path in bad:
             path.write_bytes(path.read_bytes()[:50])
-        assert plot.draw([*folders, bad[1].parent, bad[2].parent], tmp_path / "figures") == 1
+        assert plot.draw([*folders, bad[1].parent, bad[2].parent], tmp_path / "figures", film=True) == 1
         *damaged, no_film = capsys.readouterr().err.splitlines()
         assert f"left out: {bad[0]} is damaged" in damaged and len(damaged) == 3
         assert all(f"left out: {path.parent} has no args.json" in "".join(damaged) for path in bad[1:])
         assert no_film.startswith("film.gif: left out (") and "install libegl1" in no_film
         written = {path.name for path in (tmp_path / "figures").iterdir()}
         figures = "meta_training adaptation ood refinement working_memories online_adaptation attention ablation_layers"
-        assert written == {f"{name}.png" for name in figures.split()} | {"summary.md"}
-        table = (tmp_path / "figures" / "summary.md").read_text()
-        assert "| HalfCheetahVel | TrMRL, layers 4 | 1.00 [1.00, 1.00] | " in table
-        assert f"{progress(folders[2])['test_return'].iloc[-1]:.2f}" in table
+        assert written == {f"{name}.png" for name in figures.split()}
         for folder, out in ((tmp_path / "nothing", tmp_path / "none"), (folders[0], folders[0] / "args.json")):
             assert plot.draw((folder,), out) == 2 and "error: " in capsys.readouterr().err
         assert not (tmp_path / "none").exists() and json.loads((folders[0] / "args.json").read_text())
@@ -64,27 +62,31 @@ class TestFigures:
         monkeypatch.setattr(gymnasium, "make", lambda *_, **__: env)
         monkeypatch.setattr(env, "render", lambda: positions.append(env.data.qpos.copy()) or np.zeros((160, 240, 3)))
         (run,) = plot.load_runs([fake_run(tmp_path / "run")], [])
-        plot.save_film(run, plot.open_renderer(run.env), tmp_path / "film.gif")
+        plot.save_film(run, plot.open_renderer(), tmp_path / "film.gif")
         with Image.open(tmp_path / "film.gif") as film:
             assert film.n_frames == 2 and film.size == (750, 340) and film.info["duration"] == 80
         observations = run.files["meta_test"]["observations"][run.files["meta_test"]["tasks"][:, 0].argmax()]
         assert positions[-1] == pytest.approx([observations[:3, 8].sum() * env.dt, *observations[2, :8]])
 
     def test_figure_of_meta_training_shows_the_mean_of_the_evaluations(self, tmp_path):
-        """Seeds whose episodes ended early come onto common steps; one seed has no band."""
+        """Seeds whose episodes ended early come onto common steps; two seeds have no band."""
         folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
         figure = plot.FIGURES["meta_training"][1](plot.load_runs(folders, []))
         (axes,) = figure.axes
-        assert axes.get_title() == "HalfCheetahVel: test return, n = 3"
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TrMRL"]
+        assert axes.get_title() == "HalfCheetahVel" and axes.get_ylabel() == "return of an episode"
+        assert "means over 3 seeds" in figure.get_supxlabel() and not figure.legends
         assert axes.lines[0].get_xdata() == pytest.approx(np.array([1, 4, 7, 10]) / 1e4)
         returns = [progress(folder)["test_return"].dropna() for folder in folders]
         assert axes.lines[0].get_ydata() == pytest.approx(np.mean(returns, axis=0))
-        (axes,) = plot.FIGURES["meta_training"][1](plot.load_runs(folders[:1], [])).axes
+        tests = scipy.stats.ttest_1samp(returns, 0)
+        low, high = tests.confidence_interval(0.95)
+        band = np.concatenate([path.vertices[:, 1] for path in axes.collections[0].get_paths()])
+        assert band.min() == pytest.approx(min(low)) and band.max() == pytest.approx(max(high))
+        (axes,) = plot.FIGURES["meta_training"][1](plot.load_runs(folders[:2], [])).axes
         assert not any(len(path.vertices) for band in axes.collections for path in band.get_paths())
         reach = [fake_run(tmp_path / f"{s}", "ML1-Reach", s, success=True, shift=s) for s in (0, 30)]
         table = plot.learning_curves(plot.load_runs(reach, []))
-        assert set(table["panel"]) == {"ML1-Reach: test success"} and table["x"].max() == pytest.approx(1000 / 1e6)
+        assert set(table["quantity"]) == {"success rate"} and table["x"].max() == pytest.approx(1000 / 1e6)
         late = table.query("seed == 30")
         expected = np.interp(1e6 * late["x"], [130, 430, 730, 1030], progress(reach[1])["test_success"].dropna())
         assert late["y"].to_numpy() == pytest.approx(expected)
@@ -96,7 +98,7 @@ class TestFigures:
         assert table["y"].to_numpy() == pytest.approx(file["rewards"].sum((0, 2)) / 5)
         rewards, velocities = plot.draw_online_adaptation(runs).axes
         assert rewards.lines[0].get_ydata() == pytest.approx(np.mean(file["rewards"][:, 0], axis=0))
-        assert velocities.get_title() == "HalfCheetahVel, TrMRL, seed 1:\nvelocity (m/s)"
+        assert velocities.get_title() == "HalfCheetahVel, seed 1" and velocities.get_ylabel() == "velocity (m/s)"
         assert velocities.lines[0].get_ydata() == pytest.approx(file["observations"][file["tasks"].argmin(), :, 8])
 
     def test_ablations_are_runs_that_differ_in_one_flag(self, tmp_path):
@@ -105,9 +107,38 @@ class TestFigures:
         runs = plot.load_runs([fake_run(tmp_path / name, **flags) for name, flags in variants.items()], [])
         found = {flag: [run.folder.name for run in some] for flag, some in plot.ablations(runs).items() if some}
         assert found == {"layers": ["base", "base2", "deep"]}  # 4 before 12
-        labels = {run.folder.name: run.label for run in runs}
-        assert labels["rl2"] == "RL²" and labels["deep"] == "TrMRL, layers 12, t fixup True"
-        assert len({run.colour for run in runs}) == 5  # one a label, the same in all figures
+        labels = {run.folder.name: (run.label, run.colour) for run in runs}
+        assert labels["rl2"] == ("RL²", plot.COLOURS["RL²"]) and labels["deep"][0] == "TrMRL, L = 12, T-Fixup"
+        assert labels["base"] == labels["base2"] == ("TrMRL, L = 4, T-Fixup", plot.COLOURS["TrMRL"])  # the defaults
+        assert labels["both"][0] == "TrMRL, L = 8, Xavier + LayerNorm" and len(set(labels.values())) == 5
+        base, _, deep = plot.ablations(runs)["layers"]
+        assert (base.label, base.colour, deep.label) == ("L = 4", plot.COLOURS["TrMRL"], "L = 12")
+        assert (
+            plot.ablations(plot.load_runs([fake_run(tmp_path / "long", total_timesteps=900), runs[0].folder], [])) == {}
+        )
+
+    def test_the_median_seed_stands_for_its_setting(self, tmp_path):
+        runs = plot.load_runs([fake_run(tmp_path / f"{seed}", seed=seed) for seed in range(1, 6)], [])
+        returns = [run.files["meta_test"]["rewards"][:, 0].sum() for run in runs]
+        assert plot.median_run(runs).seed == runs[np.argsort(returns)[2]].seed
+        assert plot.median_run(runs[:2]).seed == runs[np.argmin(returns[:2])].seed
+        assert plot.draw_working_memories(runs).axes[0].get_title().endswith(f"seed {plot.median_run(runs).seed}")
+
+    def test_metaworlds_equal_episodes_are_left_out(self, tmp_path):
+        runs = plot.load_runs([fake_run(tmp_path / "reach", "ML1-Reach", success=True)], [])
+        plot.draw_all(runs, tmp_path / "figures", film=False)
+        assert not (tmp_path / "figures" / "adaptation.png").exists()
+        assert (tmp_path / "figures" / "online_adaptation.png").exists()
+
+    def test_an_interrupted_film_leaves_nothing(self, tmp_path, monkeypatch, capsys):
+        def interrupt(run, renderer, path):
+            path.write_bytes(b"half a film")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(plot, "save_film", interrupt)
+        monkeypatch.setattr(plot, "open_renderer", lambda: gymnasium.make("HalfCheetah-v5"))
+        assert plot.draw((fake_run(tmp_path / "run"),), tmp_path / "figures", film=True) == 130
+        assert not list((tmp_path / "figures").glob("film*")) and "stopped" in capsys.readouterr().err
 
     def test_unfinished_runs_and_the_same_seed_twice(self, tmp_path, capsys):
         half, problems = fake_run(tmp_path / "half", seed=2, steps=5), []
