@@ -17,7 +17,7 @@ CELLS = [cell for cell in json.loads(LESSON.read_text(encoding="utf-8"))["cells"
 def test_the_lesson_shows_what_it_says(monkeypatch):
     camera, lesson = gymnasium.make("HalfCheetah-v5").unwrapped, {}
     monkeypatch.setattr(camera, "render", lambda: np.zeros((160, 240, 3)))  # as there may be no OpenGL
-    monkeypatch.setattr(plot, "open_renderer", lambda env: camera)
+    monkeypatch.setattr(plot, "open_renderer", lambda: camera)
     monkeypatch.setattr(plot.plt, "show", lambda: plot.plt.close())
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(LESSON.parent)
