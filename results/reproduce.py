@@ -6,7 +6,6 @@ resumed. results/runs keeps of each run what figures and tables need: python res
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,24 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CHEETAH, KEPT, LIMIT_10, REACH, ROOT, draw, name_of, probe, write_tables
+from claims import CHEETAH, CHEETAH_4M, ENVS, HEADS, KEPT, REACH, ROOT, draw, name_of, plot, probe, write_tables
 from tqdm import tqdm
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-RL2, THREE, FIVE, NEXT = "baselines/rl2.py", range(13, 16), range(13, 18), range(16, 19)  # README.md says why not 13
-RIVALS = (("HalfCheetahVel", FIVE, 0.8), ("AntDir", NEXT, 1.0), ("ML1-Reach", THREE, 2.0))
+RL2, MAIN = "baselines/rl2.py", "trmrl-HalfCheetahVel-s"
+FIVE, THREE, NEXT = range(23, 28), range(13, 16), range(16, 19)
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
-    ("trmrl.py", "HalfCheetahVel", FIVE, 0.4),  # Figs. 4 to 9
+    *((script, "HalfCheetahVel", FIVE, 0.2) for script in ("trmrl.py", RL2)),  # Figs. 4 to 9
     *(("trmrl.py", env, NEXT, 1.4) for env in ("AntDir", "ML1-Push")),
     *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),
-    *((RL2, env + limit, seeds, hours) for limit in ("", LIMIT_10) for env, seeds, hours in RIVALS),  # ±10: C3
-    *(("trmrl.py", "HalfCheetahVel" + flag, THREE, 0.4) for flag in (LIMIT_10, " --no-t-fixup")),  # C3, Fig. 10
+    *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", NEXT, 1.0), ("ML1-Reach", THREE, 2.0))),
+    *(("trmrl.py", CHEETAH_4M + flag, THREE, 0.4) for flag in ("", " --no-t-fixup")),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
     *(("trmrl.py", f"{REACH} --memory-length {N}", THREE, 0.5 + 0.01 * N) for N in (1, 5, 50)),
     *(("trmrl.py", f"{CHEETAH} --layers {L}", THREE, 0.1 + 0.03 * L) for L in (1, 2, 8, 12)),
-    *(("trmrl.py", f"{CHEETAH} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
+    *(("trmrl.py", f"{HEADS} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
     *((RL2, env, (seed,), hours) for env, seed, hours in (("ML1-Push", 16, 1.4), ("ML45-Train", 15, 2.4))),
     *(("trmrl.py", f"{REACH} --layers {L}", THREE, 0.5 + 0.1 * L) for L in (1, 8)),
 ]
@@ -47,7 +45,8 @@ def make(script: str, flags: str, seed: int) -> None:
     def call(*arguments: object) -> None:
         with open(home / "log.txt", "a") as log:
             command = [sys.executable, script, *map(str, arguments)]
-            subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, check=True)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
 
     if checkpoint := next(home.glob("*/checkpoint.pt"), None):
         call("--resume", checkpoint.parent)
@@ -56,32 +55,44 @@ def make(script: str, flags: str, seed: int) -> None:
         (home / "commit.txt").write_bytes(commit.stdout)
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
-    if not re.search("total|fixup|ML45", flags):
+    if flags in ENVS[:4]:
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
-    keep(run, KEPT / name)
+    keep(run, KEPT / name, ["meta_test", "ood"] if flags in ENVS else [])
 
 
-def keep(run: Path, kept: Path) -> None:
-    """Copies what figures and tables read, meta-tests but for ablations; refinement.npz last: then it is kept."""
-    tested, shown = not re.search("total|fixup", kept.name), kept.name == "trmrl-HalfCheetahVel-s13"
+def keep(run: Path, kept: Path, tests: list[str]) -> None:
+    """Copies what figures and tables read; refinement.npz comes last: then the run is kept."""
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
     args = json.loads((run / "args.json").read_text())
-    args["versions"]["commit"] = (run.parent / "commit.txt").read_text().strip()
+    args["versions"] |= {"commit": (run.parent / "commit.txt").read_text().strip(), "beside": 1}
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-    if kept.name.startswith("trmrl-HalfCheetahVel-s"):
-        np.savez_compressed(kept / "probe.npz", **probe(run))
+    shown = kept.name.startswith(MAIN)  # of these show_median leaves but one
     if shown:
-        for file in (run / "checkpoint.pt", kept / "args.json", kept / "progress.csv"):
-            shutil.copy(file, KEPT.parent / "checkpoint")
-    for file in ["meta_test", "ood"] * tested + ["working_memories", "attention"] * shown + ["refinement"]:
+        np.savez_compressed(kept / "probe.npz", **probe(run))
+    for file in [*tests, *["working_memories", "attention"] * shown, "refinement"]:
         if (run / f"{file}.npz").exists():
             arrays = dict(np.load(run / f"{file}.npz"))
-            if not shown:
+            if not (shown and file == "meta_test"):
                 arrays.pop("observations", None)
             for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
                 arrays[name] = arrays[name].round(2)
             np.savez_compressed(kept / f"{file}.npz", **arrays)
+
+
+def show_median() -> None:
+    """Takes what single runs are drawn from out of all seeds of HalfCheetahVel but the median, and ships its run."""
+    folders = sorted(KEPT.glob(MAIN + "*"))
+    median = plot.median_run(plot.load_runs(folders, [])).folder
+    for folder in set(folders) - {median}:
+        arrays = dict(np.load(folder / "meta_test.npz"))
+        arrays.pop("observations", None)
+        np.savez_compressed(folder / "meta_test.npz", **arrays)
+        for file in ("working_memories.npz", "attention.npz"):
+            (folder / file).unlink(missing_ok=True)
+    if checkpoint := next((ROOT / "runs" / median.name).glob("*/checkpoint.pt"), None):
+        for file in (checkpoint, median / "args.json", median / "progress.csv"):
+            shutil.copy(file, KEPT.parent / "checkpoint")
 
 
 def make_all() -> None:
@@ -96,5 +107,6 @@ def make_all() -> None:
 
 if __name__ == "__main__":
     make_all()
-    draw()
+    show_median()
+    draw(film=True)
     write_tables()
