@@ -207,9 +207,8 @@ def refinement_curves(runs: list[Run]) -> pd.DataFrame:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % by Student's t over seeds, given from three on; else NaNs."""
-    if len(values) < 3:
-        return np.nan, np.nan
-    return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 2 else np.nan
+    return np.mean(values) - half, np.mean(values) + half
 
 
 def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int = 0) -> plt.Figure:

@@ -24,11 +24,16 @@ import plot  # noqa: E402 (both are in the folder above)
 import trmrl  # noqa: E402
 
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
-DEFAULT = "HalfCheetahVel"
-OLD = " --learning-rate 5e-4 --minibatch-size 200"  # HalfCheetahVel's defaults when the ablations were run
+OLD = " --learning-rate 5e-4 --minibatch-size 200"  # HalfCheetahVel's defaults when these runs were made
 HEADS, CHEETAH = "HalfCheetahVel" + OLD, f"HalfCheetahVel{OLD} --heads 4"
 CHEETAH_4M = f"HalfCheetahVel --total-timesteps 4000000{OLD} --heads 4"
+RL2_4M = "HalfCheetahVel --total-timesteps 4000000"
 REACH = "ML1-Reach --total-timesteps 1500000"
+
+
+def main(env: str, script: str = "trmrl") -> str:
+    """The flags of an environment's main runs."""
+    return env if env != "HalfCheetahVel" else CHEETAH_4M if script == "trmrl" else RL2_4M
 
 
 def name_of(script: str, flags: str, seed: int) -> str:
@@ -198,12 +203,12 @@ def says_nothing(number: object) -> tuple[str, str]:
 
 def falling(error: str) -> str:
     """In how many seeds an error of Fig. 7 falls at each layer."""
-    runs = load(DEFAULT)
+    runs = load(CHEETAH_4M)
     return f"{sum((np.diff(run.files['refinement'][error]) < 0).all() for run in runs)} of {len(runs)} seeds"
 
 
 def probed(name: str) -> np.ndarray:
-    return np.array([run.files["probe"][name] for run in load(DEFAULT)])
+    return np.array([run.files["probe"][name] for run in load(CHEETAH_4M)])
 
 
 def broken(name: str) -> str:
@@ -249,21 +254,21 @@ def L(n: int) -> str:
 CLAIMS = [
     Claim(
         "C1", "some 20 steps are enough to adapt", "Fig. 9", "the first step from which the reward stays at its level",
-        lambda: (str(of(Run.adapted, DEFAULT)), of(lambda run: -run.adapted(), DEFAULT).above(-30)[1]),
+        lambda: (str(of(Run.adapted, CHEETAH_4M)), of(lambda run: -run.adapted(), CHEETAH_4M).above(-30)[1]),
         "below 30 steps",
     ),
     Claim(
         "C2", "the return is high from the first episode on", "Fig. 5", "return of episode 1",
-        lambda: of(Run.first, DEFAULT).above(-150), "above −150, what the best constant speed returns",
+        lambda: of(Run.first, CHEETAH_4M).above(-150), "above −150, what the best constant speed returns",
     ),
     Claim(
         "C2", "later episodes add little", "Fig. 5", "episode 6 minus episode 1",
-        lambda: says_nothing(of(lambda run: run.episodes()[-1] - run.first(), DEFAULT)),
+        lambda: says_nothing(of(lambda run: run.episodes()[-1] - run.first(), CHEETAH_4M)),
         "nothing could be added: the memory is emptied at an episode's end",
     ),
     Claim(
         "C3", "out of distribution it is far ahead of RL²", "Fig. 6", "OOD return, TrMRL minus RL²",
-        lambda: difference(Run.ood, DEFAULT, DEFAULT, "rl2").above(0),
+        lambda: difference(Run.ood, CHEETAH_4M, RL2_4M, "rl2").above(0),
     ),
     Claim(
         "C4", "memories come closer to the last layer's, layer by layer", "Fig. 7", "seeds in which it is so",
@@ -326,14 +331,14 @@ CLAIMS = [
     *(
         Claim(
             "C11", f"it ends above RL² on {env}", "Fig. 4", "episode 1, TrMRL minus RL²",
-            lambda env=env: difference(Run.first, env, env, "rl2").above(0),
+            lambda env=env: difference(Run.first, main(env), main(env, "rl2"), "rl2").above(0),
         )
         for env in ENVS[:4]
     ),
     *(
         Claim(
             "C11", f"it learns faster than RL² on {env}", "Fig. 4", "mean over training, TrMRL minus RL²",
-            lambda env=env: difference(Run.area, env, env, "rl2").above(0),
+            lambda env=env: difference(Run.area, main(env), main(env, "rl2"), "rl2").above(0),
         )
         for env in ENVS[:4]
     ),
@@ -412,7 +417,7 @@ def means_table() -> str:
     """A row for each environment and measure: both methods, the mean over seeds."""
     rows = []
     for env in ENVS:
-        methods = [find(env, script) for script in ("trmrl", "rl2")]
+        methods = [find(main(env, script), script) for script in ("trmrl", "rl2")]
         what = "success" if methods[0][0].by_success else "return"
         for name, measure in ((what, Run.first), ("OOD return", Run.ood))[: 1 + (env == "HalfCheetahVel")]:
             row = {"environment": env, "measure": name}
@@ -443,7 +448,7 @@ def costs_table() -> str:
     rows = []
     for script, method in (("trmrl", "TrMRL"), ("rl2", "RL²")):
         for level in (-60, -45, -30):
-            steps, minutes = zip(*(run.first_reached(level) for run in load(DEFAULT, script)))
+            steps, minutes = zip(*(run.first_reached(level) for run in load(main("HalfCheetahVel", script), script)))
             row = {"method": method, "return": f"−{-level}", "M steps, median": np.median(steps), "worst": max(steps)}
             row |= {"core-minutes, median": np.median(minutes), "worst ": max(minutes)}
             rows.append({name: f"{x:.2g}" if isinstance(x, float) else x for name, x in row.items()})
@@ -466,10 +471,8 @@ def write_seeds() -> None:
 
 def draw(film: bool = False) -> None:
     """Every figure from the kept runs, into results/figures."""
-    names, prefix = (
-        "|".join(ENVS),
-        {flags: name_of("trmrl", flags, 0)[:-3] for flags in (HEADS, CHEETAH, CHEETAH_4M, REACH)},
-    )
+    names = "|".join(name_of(script, main(env, script), 0)[:-3] for script in ("trmrl", "rl2") for env in ENVS)
+    prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (HEADS, CHEETAH, CHEETAH_4M, REACH)}
     figures = {  # flag: the runs that its figure is drawn from
         "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?-s\d+",
         "memory_length": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-memory-length-\d+)?-s\d+",
@@ -481,7 +484,7 @@ def draw(film: bool = False) -> None:
     def matching(pattern: str) -> list[plot.Run]:
         return plot.load_runs([path for path in sorted(KEPT.iterdir()) if re.fullmatch(pattern, path.name)], [])
 
-    plot.draw_all(matching(rf"(trmrl|rl2)-({names})-s\d+"), out, film)
+    plot.draw_all(matching(rf"({names})-s\d+"), out, film)
     for flag, pattern in figures.items():
         if members := plot.ablations(matching(pattern)).get(flag):
             figure = plot.draw_curves(plot.learning_curves(members), "million environment steps")
