@@ -1,25 +1,30 @@
-"""Writes trmrl.py with the functions of an exercise, or of several, to be written anew.
+"""Writes my_3.py beside trmrl.py: the same script, with the functions of exercise 3 left to be written.
 
-python exercises/blank.py 3 > my_trmrl.py
+python exercises/blank.py 3             for exercises 3 and 4 in one file, my_3_4.py: 3 4
+python exercises/blank.py 3 --force     even if there is a my_3.py, whose text is then lost
 """
 
 import ast
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "trmrl.py"
+FOLDER = Path(__file__).resolve().parent.parent
+SCRIPT = FOLDER / "trmrl.py"
 EXERCISES = {  # number: the functions and methods of trmrl.py that it asks for
-    1: ["sinusoidal_positions"],
-    2: ["TransformerLayer.forward"],
-    3: ["retrieve", "Agent.working_memories", "Agent.refine"],
-    4: ["t_fixup_"],
-    5: ["advantages_and_returns"],
-    6: ["clipped_objective"],
-    7: ["collect_trial"],
-    8: ["episode_results", "meta_test"],
-    9: ["analyse_memories"],
-    10: ["HalfCheetahVel.sample_tasks", "HalfCheetahVel.step"],
+    "1": ["sinusoidal_positions"],
+    "2": ["TransformerLayer.forward"],
+    "3": ["retrieve", "Agent.working_memories", "Agent.refine"],
+    "3a": ["retrieve"],
+    "3b": ["Agent.working_memories", "Agent.refine"],
+    "4": ["t_fixup_"],
+    "5": ["advantages_and_returns"],
+    "6": ["clipped_objective"],
+    "7": ["collect_trial"],
+    "8": ["episode_results", "meta_test"],
+    "9": ["analyse_memories"],
+    "10": ["HalfCheetahVel.sample_tasks", "HalfCheetahVel.step"],
 }
+NUMBERS = ", ".join(EXERCISES)
 
 
 def find(tree: ast.Module, name: str) -> ast.FunctionDef:
@@ -32,7 +37,7 @@ def find(tree: ast.Module, name: str) -> ast.FunctionDef:
 def blank(source: str, names: list[str]) -> str:
     """The source, with the bodies of the named functions replaced; their docstrings stay."""
     lines = source.splitlines()
-    functions = [find(ast.parse(source), name) for name in names]
+    functions = [find(ast.parse(source), name) for name in set(names)]
     for function in sorted(functions, key=lambda function: -function.lineno):  # from the end, so that numbers hold
         start = function.body[0].lineno - 1
         if ast.get_docstring(function):
@@ -42,12 +47,25 @@ def blank(source: str, names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def file_of(numbers: list[str]) -> Path:
+    return FOLDER / f"my_{'_'.join(number for number in EXERCISES if number in numbers)}.py"
+
+
 def main(argv: list[str]) -> int:
-    if not argv or not set(argv) <= set(map(str, EXERCISES)):
-        print(f"error: python exercises/blank.py NUMBER: takes numbers from 1 to {len(EXERCISES)}", file=sys.stderr)
+    numbers = [word for word in argv if word != "--force"]
+    if not numbers or not set(numbers) <= set(EXERCISES):
+        print(f"error: python exercises/blank.py NUMBER ... [--force]: a number is one of {NUMBERS}", file=sys.stderr)
         return 2
-    names = [name for number in sorted(set(argv)) for name in EXERCISES[int(number)]]
-    sys.stdout.write(blank(SCRIPT.read_text(encoding="utf-8"), names))
+    path = file_of(numbers)
+    if path.exists() and "--force" not in argv:
+        print(f"error: {path} exists; --force empties it, and what you wrote in it is lost", file=sys.stderr)
+        return 2
+    names = [name for number in numbers for name in EXERCISES[number]]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(blank(SCRIPT.read_text(encoding="utf-8"), names), encoding="utf-8")
+    temporary.replace(path)
+    check = f"python exercises/check.py {' '.join(numbers)}"
+    print(f"wrote {path}: now write {', '.join(dict.fromkeys(names))} in it, then: {check}")
     return 0
 
 
