@@ -407,9 +407,11 @@ def rules_table() -> str:
 
 def verdicts(results: list[tuple[str, str]]) -> str:
     count = Counter(verdict for _, verdict in results)
+    failed = "; ".join(claim.text for claim, (_, verdict) in zip(CLAIMS, results) if verdict == "does not hold")
     return (
-        f"Of the {len(CLAIMS)} claims checked, {count['holds']} hold, {count['does not hold']} do not, {count['open']} "
-        f"stay open with these seeds, {count['says nothing']} say nothing and {count['not run']} were not run.\n"
+        f"Of {len(CLAIMS)} claims of the paper, {count['holds']} hold, {count['does not hold']} do not, "
+        f"{count['open']} stay open with these seeds, and {count['not run']} await their runs. {count['says nothing']} "
+        f"could not have failed, so they say nothing. What does not hold: {failed}.\n"
     )
 
 
