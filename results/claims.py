@@ -24,8 +24,8 @@ import plot  # noqa: E402 (both are in the folder above)
 import trmrl  # noqa: E402
 
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
-OLD = " --learning-rate 5e-4 --minibatch-size 200"  # HalfCheetahVel's defaults when these runs were made
-CHEETAH = f"HalfCheetahVel --total-timesteps 2000000{OLD}"
+OLD = " --update-epochs 3"  # HalfCheetahVel's defaults when these runs were made
+CHEETAH = f"HalfCheetahVel{OLD}"
 CHEETAH_4M = f"HalfCheetahVel --total-timesteps 4000000{OLD}"
 RL2_4M = "HalfCheetahVel --total-timesteps 4000000"
 REACH = "ML1-Reach --total-timesteps 1500000"
