@@ -601,7 +601,7 @@ class TestRuns:
         assert ended.returncode == 0 and "train_return=" in ended.stderr, ended.stderr
         (folder,) = tmp_path.glob("runs/*")
         assert "test return" in ended.stdout and "ood return" in ended.stdout and "success" not in ended.stdout
-        assert folder.name.startswith("HalfCheetahVel-TrMRL-") and "-layers-2-heads-2-" in folder.name
+        assert folder.name.startswith("HalfCheetahVel-TrMRL-") and "-d-model-8-layers-2-" in folder.name
         size = sum(x.numel() for x in trmrl.load(folder)[0].parameters())
         start = f"runs/{folder.name}: {size:,} parameters, cpu, processes 1, standing still returns -300\n"
         assert ended.stdout.startswith(start)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CHEETAH, CHEETAH_4M, ENVS, KEPT, REACH, ROOT, draw, name_of, plot, probe, write_tables
+from claims import CHEETAH, CHEETAH_4M, ENVS, HEADS, KEPT, REACH, ROOT, draw, name_of, plot, probe, write_tables
 from tqdm import tqdm
 
 RL2, MAIN = "baselines/rl2.py", "trmrl-HalfCheetahVel-s"
@@ -30,7 +30,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
     *(("trmrl.py", f"{REACH} --memory-length {N}", THREE, 0.5 + 0.01 * N) for N in (1, 5, 50)),
     *(("trmrl.py", f"{CHEETAH} --layers {L}", THREE, 0.1 + 0.03 * L) for L in (1, 2, 8, 12)),
-    *(("trmrl.py", f"{CHEETAH} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
+    *(("trmrl.py", f"{HEADS} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
     *((RL2, env, (seed,), hours) for env, seed, hours in (("ML1-Push", 16, 1.4), ("ML45-Train", 15, 2.4))),
     *(("trmrl.py", f"{REACH} --layers {L}", THREE, 0.5 + 0.1 * L) for L in (1, 8)),
 ]
