@@ -302,7 +302,8 @@ CLAIMS = [
     ),
     Claim(
         "C8", "N = 1 ends as high as N = 5 on HalfCheetahVel", "App. E.2", "final return, N = 1 minus 5",
-        lambda: difference(Run.final, CHEETAH + N(1), CHEETAH).above(0), "not below 0",
+        lambda: says_nothing(difference(Run.final, CHEETAH + N(1), CHEETAH)),
+        "here N = 1 sees no reward; in the authors' code it does",
     ),
     Claim(
         "C8", "ML1-Reach gains by memories up to N = 50", "Fig. 11", "mean success over training, N = 50 minus 5",
@@ -317,7 +318,7 @@ CLAIMS = [
         lambda: difference(Run.area, CHEETAH, CHEETAH + L(12)).above(0),
     ),
     Claim(
-        "C9", "12 layers are still stable", "Fig. 12", "final return with L = 12",
+        "C9", "12 layers still end high", "Fig. 12", "final return with L = 12",
         lambda: of(Run.final, CHEETAH + L(12)).above(-150), "above −150, what the best constant speed returns",
     ),
     Claim(
@@ -325,7 +326,7 @@ CLAIMS = [
         lambda: difference(Run.area, REACH + L(8), REACH + L(1)).above(0),
     ),
     Claim(
-        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "mean return over training, by twice the heads",
+        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "slope of the mean return, by twice the heads",
         doubled_heads,
     ),
     *(
