@@ -101,11 +101,12 @@ def differing_flags(runs: list[Run]) -> list[str]:
     return [name for name in flags if flags[name].astype(str).nunique(dropna=False) > 1]
 
 
-def named(flag: str, value: object) -> str:
+def name_of(flag: str, value: object) -> str:
     """A setting as people call it: N = 5, Xavier + LayerNorm, learning rate = 0.001."""
     if flag == "t_fixup":
         return "T-Fixup" if value else "Xavier + LayerNorm"
-    return f"{ {'memory_length': 'N', 'layers': 'L'}.get(flag, flag.replace('_', ' ')) } = {value}"
+    symbol = {"memory_length": "N", "layers": "L"}.get(flag, flag.replace("_", " "))
+    return f"{symbol} = {value}"
 
 
 def by_numbers(label: str) -> list:
@@ -122,7 +123,7 @@ def label_settings(runs: list[Run], ablation: bool = False) -> list[Run]:
     one_method = len({run.method for run in runs}) == 1
     for run in runs:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
-        names = [named(flag, run.args.get(flag)) for flag in flags]
+        names = [name_of(flag, run.args.get(flag)) for flag in flags]
         names = names if ablation and one_method else [run.method, *names]
         run.label = ", ".join([*names, "unfinished"] if run.unfinished else names)
     for method in {run.method for run in runs}:

@@ -1,14 +1,10 @@
 """What must hold of each baseline, against something independent; its runs and files are tested with trmrl.py's."""
 
-import functools
-
 import numpy as np
 import torch
 
 from baselines import rl2
-from test_trmrl import Mortal, copies, progress, run, trial_of, trmrl
-
-main_rl2 = functools.partial(trmrl.main, agent_class=rl2.RL2, args_class=rl2.Args)
+from test_trmrl import Mortal, copies, main_rl2, progress, run, trial_of, trmrl
 
 
 class TestRL2:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import linregress, t, ttest_1samp, ttest_ind
+from scipy.stats import linregress, t, ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "results" / "runs"
@@ -34,6 +34,9 @@ REACH = "ML1-Reach --total-timesteps 1500000"
 def main(env: str, script: str = "trmrl") -> str:
     """The flags of an environment's main runs."""
     return env if env != "HalfCheetahVel" else CHEETAH_4M if script == "trmrl" else RL2_4M
+
+
+MAIN, RL2_MAIN = main("HalfCheetahVel"), main("HalfCheetahVel", "rl2")
 
 
 def name_of(script: str, flags: str, seed: int) -> str:
@@ -167,10 +170,9 @@ class Interval:
 
     def __init__(self, values: list, minus: list | None = None, success: bool = False):
         self.mean = np.mean(values) - (0 if minus is None else np.mean(minus))
-        self.low = self.high = np.nan
-        if min(len(values), len(minus or values)) > 2:
-            test = ttest_1samp(values, 0) if minus is None else ttest_ind(values, minus, equal_var=False)
-            self.low, self.high = test.confidence_interval()
+        self.low, self.high = plot.interval(values) if minus is None else (np.nan, np.nan)
+        if minus is not None and min(len(values), len(minus)) > 2:
+            self.low, self.high = ttest_ind(values, minus, equal_var=False).confidence_interval()
         if success and minus is None:  # which lies between 0 and 1
             self.low, self.high = max(self.low, 0.0), min(self.high, 1.0)
 
@@ -186,8 +188,8 @@ class Interval:
         return str(self), "holds" if self.low > limit else "does not hold" if self.high < limit else "open"
 
 
-def of(measure: Callable[[Run], float], flags: str, script: str = "trmrl") -> Interval:
-    runs = load(flags, script)
+def of(measure: Callable[[Run], float], flags: str) -> Interval:
+    runs = load(flags)
     return Interval(each(measure, runs), success=runs[0].by_success)
 
 
@@ -203,12 +205,12 @@ def says_nothing(number: object) -> tuple[str, str]:
 
 def falling(error: str) -> str:
     """In how many seeds an error of Fig. 7 falls at each layer."""
-    runs = load(CHEETAH_4M)
+    runs = load(MAIN)
     return f"{sum((np.diff(run.files['refinement'][error]) < 0).all() for run in runs)} of {len(runs)} seeds"
 
 
 def probed(name: str) -> np.ndarray:
-    return np.array([run.files["probe"][name] for run in load(CHEETAH_4M)])
+    return np.array([run.files["probe"][name] for run in load(MAIN)])
 
 
 def broken(name: str) -> str:
@@ -254,21 +256,21 @@ def L(n: int) -> str:
 CLAIMS = [
     Claim(
         "C1", "some 20 steps are enough to adapt", "Fig. 9", "the first step from which the reward stays at its level",
-        lambda: (str(of(Run.adapted, CHEETAH_4M)), of(lambda run: -run.adapted(), CHEETAH_4M).above(-30)[1]),
+        lambda: (str(of(Run.adapted, MAIN)), of(lambda run: -run.adapted(), MAIN).above(-30)[1]),
         "below 30 steps",
     ),
     Claim(
         "C2", "the return is high from the first episode on", "Fig. 5", "return of episode 1",
-        lambda: of(Run.first, CHEETAH_4M).above(-150), "above −150, what the best constant speed returns",
+        lambda: of(Run.first, MAIN).above(-150), "above −150, what the best constant speed returns",
     ),
     Claim(
         "C2", "later episodes add little", "Fig. 5", "episode 6 minus episode 1",
-        lambda: says_nothing(of(lambda run: run.episodes()[-1] - run.first(), CHEETAH_4M)),
+        lambda: says_nothing(of(lambda run: run.episodes()[-1] - run.first(), MAIN)),
         "nothing could be added: the memory is emptied at an episode's end",
     ),
     Claim(
         "C3", "out of distribution it is far ahead of RL²", "Fig. 6", "OOD return, TrMRL minus RL²",
-        lambda: difference(Run.ood, CHEETAH_4M, RL2_4M, "rl2").above(0),
+        lambda: difference(Run.ood, MAIN, RL2_MAIN, "rl2").above(0),
     ),
     Claim(
         "C4", "memories come closer to the last layer's, layer by layer", "Fig. 7", "seeds in which it is so",
@@ -386,20 +388,11 @@ def judged() -> list[tuple[str, str]]:
 
 
 def claims_table(results: list[tuple[str, str]]) -> str:
-    rows = zip(CLAIMS, results)
-    return markdown(
-        [
-            {
-                "": c.number,
-                "the paper says": c.text,
-                "where": c.place,
-                "measured": c.measured,
-                "result": n,
-                "verdict": v,
-            }
-            for c, (n, v) in rows
-        ]
-    )
+    rows = []
+    for claim, (result, verdict) in zip(CLAIMS, results):
+        row = {"": claim.number, "the paper says": claim.text, "where": claim.place, "measured": claim.measured}
+        rows.append(row | {"result": result, "verdict": verdict})
+    return markdown(rows)
 
 
 def rules_table() -> str:

@@ -6,6 +6,7 @@ resumed. results/runs keeps of each run what figures and tables need: python res
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,17 +15,33 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CHEETAH, CHEETAH_4M, ENVS, HEADS, KEPT, REACH, ROOT, draw, name_of, plot, probe, write_tables
+from claims import (
+    CHEETAH,
+    CHEETAH_4M,
+    ENVS,
+    HEADS,
+    KEPT,
+    MAIN,
+    REACH,
+    RL2_MAIN,
+    ROOT,
+    draw,
+    main,
+    name_of,
+    plot,
+    probe,
+    write_tables,
+)
 from tqdm import tqdm
 
-RL2, MAIN = "baselines/rl2.py", "trmrl-HalfCheetahVel-s"
-FIVE, THREE, NEXT = range(23, 28), range(13, 16), range(16, 19)
+RL2, SHOWN = "baselines/rl2.py", name_of("trmrl", MAIN, 0)[:-1]  # SHOWN: how the main runs' folders begin
+FIVE, THREE, NEXT = range(13, 18), range(13, 16), range(16, 19)
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
-    *((script, "HalfCheetahVel", FIVE, 0.2) for script in ("trmrl.py", RL2)),  # Figs. 4 to 9
+    *((script, flags, FIVE, 0.5) for script, flags in (("trmrl.py", MAIN), (RL2, RL2_MAIN))),  # Figs. 4 to 9
     *(("trmrl.py", env, NEXT, 1.4) for env in ("AntDir", "ML1-Push")),
     *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),
     *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", NEXT, 1.0), ("ML1-Reach", THREE, 2.0))),
-    *(("trmrl.py", CHEETAH_4M + flag, THREE, 0.4) for flag in ("", " --no-t-fixup")),  # Fig. 10
+    ("trmrl.py", CHEETAH_4M + " --no-t-fixup", THREE, 0.4),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
@@ -55,9 +72,10 @@ def make(script: str, flags: str, seed: int) -> None:
         (home / "commit.txt").write_bytes(commit.stdout)
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
-    if flags in ENVS[:4]:
+    is_main = flags in [main(env, Path(script).stem) for env in ENVS]
+    if is_main and not flags.startswith("ML45"):
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
-    keep(run, KEPT / name, ["meta_test", "ood"] if flags in ENVS else [])
+    keep(run, KEPT / name, ["meta_test", "ood"] if is_main else [])
 
 
 def keep(run: Path, kept: Path, tests: list[str]) -> None:
@@ -67,7 +85,7 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
     args = json.loads((run / "args.json").read_text())
     args["versions"] |= {"commit": (run.parent / "commit.txt").read_text().strip(), "beside": 1}
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-    shown = kept.name.startswith(MAIN)  # of these show_median leaves but one
+    shown = re.fullmatch(SHOWN + r"\d+", kept.name) is not None  # of these show_median leaves but one
     if shown:
         np.savez_compressed(kept / "probe.npz", **probe(run))
     for file in [*tests, *["working_memories", "attention"] * shown, "refinement"]:
@@ -82,17 +100,19 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
 
 def show_median() -> None:
     """Takes what single runs are drawn from out of all seeds of HalfCheetahVel but the median, and ships its run."""
-    folders = sorted(KEPT.glob(MAIN + "*"))
+    folders = sorted(KEPT.glob(SHOWN + "[0-9]*"))
     median = plot.median_run(plot.load_runs(folders, [])).folder
+    checkpoint = next((ROOT / "runs" / median.name).glob("*/checkpoint.pt"), None)
+    if checkpoint is None:  # the median's run was not made here: what is kept stays as it is
+        return
     for folder in set(folders) - {median}:
         arrays = dict(np.load(folder / "meta_test.npz"))
         arrays.pop("observations", None)
         np.savez_compressed(folder / "meta_test.npz", **arrays)
         for file in ("working_memories.npz", "attention.npz"):
             (folder / file).unlink(missing_ok=True)
-    if checkpoint := next((ROOT / "runs" / median.name).glob("*/checkpoint.pt"), None):
-        for file in (checkpoint, median / "args.json", median / "progress.csv"):
-            shutil.copy(file, KEPT.parent / "checkpoint")
+    for file in (checkpoint, median / "args.json", median / "progress.csv"):
+        shutil.copy(file, KEPT.parent / "checkpoint")
 
 
 def make_all() -> None:
