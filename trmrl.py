@@ -188,7 +188,13 @@ class Agent(nn.Module):
         self.register_buffer("input_count", torch.ones(()))
         self.register_buffer("input_mean", torch.zeros(self.num_observations + self.num_actions + 2))
         self.register_buffer("input_var", torch.ones_like(self.input_mean))
-        self.build(args)
+        self.build(args)  # the network up to e^L; then its heads
+        self.policy = xavier_linear(args.d_model, self.num_actions)
+        nn.init.orthogonal_(self.policy.weight, 0.01)  # unlike Sec. 3.3: exploration starts around zero
+        self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(args.init_std)))
+        self.value = xavier_linear(args.d_model, 1)
+        self.register_buffer("return_mean", torch.zeros(()))  # the return that an output of 0 of the value head means
+        self.register_buffer("return_std", torch.ones(()))  # how much more return an output of 1 means
 
     def build(self, args: Args) -> None:
         self.memory_length = args.memory_length
@@ -198,19 +204,13 @@ class Agent(nn.Module):
         self.layers = nn.ModuleList(layers)
         if args.t_fixup:
             t_fixup_(self.phi, self.layers)
-        self.policy = xavier_linear(args.d_model, self.num_actions)
-        nn.init.orthogonal_(self.policy.weight, 0.01)  # unlike Sec. 3.3: exploration starts around zero
-        self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(args.init_std)))
-        self.value = xavier_linear(args.d_model, 1)
-        self.register_buffer("return_mean", torch.zeros(()))  # the return that an output of 0 of the value head means
-        self.register_buffer("return_std", torch.ones(()))  # how much more return an output of 1 means
         self.register_buffer("positions", sinusoidal_positions(args.memory_length, args.d_model))
         self.register_buffer("causal", torch.ones(args.memory_length, args.memory_length, dtype=torch.bool).tril())
 
     def normalise(self, transitions: Tensor) -> Tensor:
         """Scales inputs to mean 0 and std 1 over all that training has seen, and clips them to ± input_limit. A std
-        below min_input_std is raised to it: else MetaWorld's objects, whose places differ by centimetres from goal to
-        goal, would weigh as much as all other inputs, and the agent would learn the training goals by heart."""
+        below min_input_std is raised to it. Else MetaWorld's objects, whose places differ by centimetres from goal to
+        goal, would be as loud as all other inputs, and the agent would learn the training goals by heart."""
         std = self.input_var.sqrt().clamp(min=self.min_input_std)
         return ((transitions - self.input_mean) / std).clamp(-self.input_limit, self.input_limit)
 
@@ -428,8 +428,8 @@ def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, 
         tasks = envs[0].sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
         trial = agent.collect(envs, tasks, episodes, random_stream(args.seed, "meta-test"), explore=False)
         rewards, success = episode_results(trial, episodes)
-        observations = named(trial.transitions[: agent.horizon], agent.num_observations)[0].transpose(0, 1).numpy()
-        results[split] = dict(rewards=rewards, success=success, tasks=tasks, observations=observations)
+        s = named(trial.transitions[: agent.horizon], agent.num_observations)[0].transpose(0, 1).numpy()
+        results[split] = dict(rewards=rewards, success=success, tasks=tasks, observations=s)
     return results
 
 
@@ -581,11 +581,11 @@ DEFAULTS = {  # Args has HalfCheetahVel's values; results/tuning.md has the reas
 
 # --- A run: flags checked, checkpoint, outer loop ---------------------------------------------------------------------
 def default_args(args_class: type[Args], env: str) -> Args:
-    """An environment's defaults, unless the method has its own. Raises UserError if env is not in ENVS."""
+    """DEFAULTS of an environment, less what args_class sets itself, and its own_defaults. Raises UserError."""
     if env not in ENVS:
         raise UserError(f"--env {env}: takes one of {', '.join(ENVS)}")
-    same = [name for name in DEFAULTS.get(env, {}) if getattr(args_class, name) == getattr(Args, name)]
-    return args_class(env=env, **{name: DEFAULTS[env][name] for name in same})
+    values = {name: x for name, x in DEFAULTS.get(env, {}).items() if getattr(args_class, name) == getattr(Args, name)}
+    return args_class(env=env, **values | getattr(args_class, "own_defaults", {}).get(env, {}))
 
 
 def read_run(folder: str, args_class: type[Args], method: str) -> tuple[Args, dict]:
