@@ -14,8 +14,8 @@ Sec. 5.1, SAC          PEARL.losses        Alg. 1, lines 11 to 20  PEARL.update
                                            Alg. 2, meta-test       Explorer
 
 Unlike in the authors' code: each iteration draws new tasks instead of revisiting 100 of them, and their trials are the
-replay buffer; there is no V network, as targets come from the target Q-functions; the temperature is learned; inputs are
-normalised by the first iteration's moments; the context has s', as in the paper; networks and batches are smaller.
+replay buffer; there is no V network, as targets come from the target Q-functions; the temperature is learned; inputs
+are normalised by the first iteration's moments; the context has s', as in the paper; networks and batches are smaller.
 """
 
 import math
@@ -54,7 +54,7 @@ class Args(trmrl.Args):
     target_rate: float = 0.01  # τ, the share of the way that the target Q-functions go in a gradient step
     latent_size: int = 5  # [context] the numbers of z
     context_size: int = 64  # transitions of a trial's first two episodes from which z is inferred in a gradient step
-    kl_weight: float = 0.1  # weight of KL(q(z | c) ‖ N(0, I)), beside the Q-functions' mean squared error
+    kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)); 0.1 beside rewards times 5 in the authors' code
     test_episodes: int = 6  # [evaluation] episodes of each task in a meta-test, the third the first that is adapted
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
@@ -143,8 +143,8 @@ class PEARL(trmrl.Agent):
         return u.tanh(), (log_prob - log_slope).sum(-1, keepdim=True)
 
     def losses(self, context: tuple, batch: tuple, z_noise: Tensor, noise: Tensor, args: Args) -> dict[str, Tensor]:
-        """The losses of one gradient step, each to be minimised by its own parameters: see update. context has
-        context_size transitions of each of B trials and batch others; z_noise (B, m), noise (2, rows, B, A) are normal."""
+        """The losses of one gradient step, each of which update minimises by its own parameters. context and batch are
+        experience of the same B trials; z_noise (B, m) and noise (2, rows, B, A) are normal."""
         s, a, r, s_next, died = batch
         q = self.posterior(context)
         z = (q.mean + q.stddev * z_noise).expand(len(s), -1, -1)
