@@ -68,7 +68,7 @@ def make_agent(envs=None, **flags) -> trmrl.Agent:
 
 def trial_of(envs, agent, tasks=3, episodes=2, explore=True) -> trmrl.Trial:
     rng = np.random.default_rng(0)
-    return trmrl.collect_trial(agent, envs, envs[0].sample_tasks("train", tasks, rng), episodes, rng, explore)
+    return agent.collect(envs, envs[0].sample_tasks("train", tasks, rng), episodes, rng, explore)
 
 
 def update(agent, trial, optimizer=None, **flags) -> dict:

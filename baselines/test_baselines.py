@@ -1,12 +1,14 @@
 """What must hold of each baseline, against something independent; its runs and files are tested with trmrl.py's."""
 
 import functools
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
-from baselines import rl2, varibad
+from baselines import maml, pearl, rl2, varibad
 from test_trmrl import Mortal, copies, main_rl2, progress, run, trial_of, trmrl
 
 
@@ -185,3 +187,284 @@ class TestVariBAD:
         features = np.column_stack([mean, np.ones(20)])
         residual = tasks[:, 0] - features @ np.linalg.lstsq(features, tasks[:, 0], rcond=None)[0]
         assert residual.var() < 0.1 * tasks.var()
+
+
+class TestPEARL:
+    @staticmethod
+    def agent_and_trial(**flags):
+        """Trials in which a step's observation is its number, and η marks deaths; inputs are left as they are."""
+        envs = copies(Mortal)
+        torch.manual_seed(0)
+        agent = pearl.PEARL(envs[0], pearl.Args(**dict(d_model=8, latent_size=3, input_limit=1e9) | flags))
+        trial = trial_of(envs, agent, tasks=8, episodes=4)
+        trial.transitions[..., 0] = torch.arange(81.0)[:, None]
+        return agent, trial
+
+    @torch.no_grad()
+    def test_posterior_is_the_product_of_its_gaussian_factors(self):
+        """Against the normalised product of densities on a grid; without a context it is the prior."""
+        agent, _ = self.agent_and_trial()
+        context = torch.randn(6, 2, 1), torch.randn(6, 2, 1), torch.randn(6, 2, 1), torch.randn(6, 2, 1), None
+        counts = torch.tensor([6, 4])
+        q = agent.posterior(context, counts)
+        z = torch.linspace(-20, 20, 40_001, dtype=torch.double)
+        for task in range(2):
+            x = torch.cat([part[: counts[task], task] for part in context[:4]], dim=1)
+            mean, spread = agent.encoder(x).tensor_split(2, dim=1)
+            factors = torch.distributions.Normal(mean, torch.nn.functional.softplus(spread).sqrt())
+            for i in range(3):
+                log_density = factors.log_prob(z[:, None, None])[..., i].sum(1)
+                density = (log_density - log_density.max()).exp()
+                expected = (z * density).sum() / density.sum()
+                variance = ((z - expected) ** 2 * density).sum() / density.sum()
+                torch.testing.assert_close(q.mean[task, i].double(), expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(q.stddev[task, i].double(), variance.sqrt(), rtol=1e-4, atol=1e-4)
+        shuffled = agent.posterior(tuple(part[[3, 1, 0, 5, 4, 2]] for part in context[:4]) + (None,))
+        torch.testing.assert_close(shuffled.mean, agent.posterior(context).mean)
+        assert (agent.posterior(context).stddev < agent.posterior(context, counts - 1).stddev).all()
+        none = agent.posterior(context, torch.zeros(2))
+        assert (none.mean == 0).all() and (none.stddev == 1).all()
+
+    @torch.no_grad()
+    def test_actions_are_those_of_a_tanh_gaussian(self):
+        agent, _ = self.agent_and_trial()
+        s, z, noise = torch.randn(50, 1), torch.randn(50, 3), torch.randn(50, 1)
+        actions, log_probs = agent.act_with(s, z, noise)
+        mean, log_std = agent.actor(torch.cat([s, z], dim=1)).tensor_split(2, dim=1)
+        normal = torch.distributions.Normal(mean, log_std.exp())
+        squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+        torch.testing.assert_close(actions, torch.tanh(mean + log_std.exp() * noise))
+        torch.testing.assert_close(log_probs, squashed.log_prob(actions), rtol=1e-4, atol=1e-4)
+        assert torch.isfinite(agent.act_with(s, z, noise + 30)[1]).all()
+
+    @torch.no_grad()
+    def test_experience_ends_with_deaths_but_not_at_the_time_limit_and_context_is_of_prior_episodes(self):
+        agent, trial = self.agent_and_trial()
+        agent.remember(trial)
+        trials, rng = agent.replay_trials - 8 + torch.arange(8), np.random.default_rng(0)
+        assert not trial.valid[:40].all() and not trial.valid[40:].all()
+        for kind, last in ((0, 40), (1, 80)):
+            s, a, r, s_next, died = (part[..., 0] for part in agent.draw(trials, 2000, kind, rng))
+            for task in range(8):
+                lived = [t for t in range(last) if trial.valid[t, task] and t % 20 != 19]
+                assert set(s[:, task].int().tolist()) == set(lived)
+            t = s.long()
+            assert torch.equal(s_next, s + 1) and (t % 20 != 19).all()
+            assert torch.equal(a, trial.transitions[t, torch.arange(8), 1])
+            torch.testing.assert_close(r, trial.transitions[t, torch.arange(8), 2])  # the std is 1
+            assert torch.equal(died == 1, ~trial.valid[t + 1, torch.arange(8)]) and died.any()
+
+    @torch.no_grad()
+    def test_targets_bootstrap_but_for_deaths(self):
+        """The loss of Q-functions that are 0 is the mean of y², with y computed transition by transition."""
+        agent, _ = self.agent_and_trial()
+        args = pearl.Args(gamma=0.9, kl_weight=0.5)
+        for parameter in agent.q_functions.parameters():
+            parameter.zero_()
+        context, batch = (
+            (*(torch.randn(7, 4, 1) for _ in range(4)), (torch.rand(7, 4, 1) < 0.4).float()) for _ in range(2)
+        )
+        z_noise, noise = torch.randn(4, 3), torch.randn(2, 7, 4, 1)
+        losses = agent.losses(context, batch, z_noise, noise, args)
+        q, squares = agent.posterior(context), []
+        z = q.mean + q.stddev * z_noise
+        for i in range(7):
+            for task in range(4):
+                s, a, r, s_next, died = (part[i, task] for part in batch)
+                a_next, log_prob = agent.act_with(s_next, z[task], noise[0, i, task])
+                values = [target(torch.cat([s_next, a_next, z[task]])) for target in agent.q_targets]
+                y = r if died else r + 0.9 * (min(values) - 0.2 * log_prob)  # 0.2 is the first temperature
+                squares.append(y**2)
+        kl = (0.5 * (q.mean**2 + q.stddev**2 - 1) - q.stddev.log()).sum()
+        torch.testing.assert_close(losses["value_loss"], 2 * torch.cat(squares).mean() + 0.5 * kl)
+
+    def test_each_loss_reaches_its_parameters_alone(self):
+        """The encoder learns from the Q-functions' loss and the KL, not from the policy."""
+        agent, trial = self.agent_and_trial()
+        agent.remember(trial)
+        trials, rng = agent.replay_trials - 8 + torch.arange(8), np.random.default_rng(0)
+        context, batch = agent.draw(trials, 5, 0, rng), agent.draw(trials, 6, 1, rng)
+        losses = agent.losses(context, batch, torch.randn(8, 3), torch.randn(2, 6, 8, 1), pearl.Args())
+        parts = ("encoder", "q_functions", "q_targets", "actor", "log_temperature")
+        reached = {
+            "value_loss": {"encoder", "q_functions"},
+            "policy_loss": {"actor", "q_functions"},  # update leaves the latter out
+            "temperature_loss": {"log_temperature"},
+        }
+        for name, expected in reached.items():
+            agent.zero_grad()
+            losses[name].backward(retain_graph=True)
+            grads = {
+                part
+                for part in parts
+                for key, x in agent.named_parameters()
+                if key.startswith(part) and x.grad is not None and x.grad.any()
+            }
+            assert grads == expected, name
+
+    def test_an_update_keeps_losses_apart(self, monkeypatch):
+        """Without the Q-functions' loss, a step moves the policy and the temperature, and neither Q nor the encoder."""
+        agent, trial = self.agent_and_trial()
+        args = pearl.Args(gradient_steps=1, batch_tasks=4, minibatch_size=16, latent_size=3)
+        losses = agent.losses
+        agent.losses = lambda *arguments: {name: x * (name != "value_loss") for name, x in losses(*arguments).items()}
+        before = {name: x.clone() for name, x in agent.named_parameters()}
+        agent.update(agent.optimizer(args), trial, args, np.random.default_rng(0), 1.0)
+        changed = {name.split(".")[0] for name, x in agent.named_parameters() if not torch.equal(x, before[name])}
+        assert changed == {"actor", "log_temperature"}
+
+    @torch.no_grad()
+    def test_z_is_of_the_prior_in_two_episodes_and_then_of_the_posterior(self):
+        agent, _ = self.agent_and_trial()
+        seen, envs, rng = [], copies(Mortal), np.random.default_rng(0)
+        agent.act_with = lambda s, z, noise: (seen.append(z), (0.3 * noise, noise))[1]
+        tasks = envs[0].sample_tasks("train", 8, rng)
+        trial = agent.collect(envs, tasks, 4, rng, explore=True)
+        rng = np.random.default_rng(0)
+        envs[0].sample_tasks("train", 8, rng)
+        expected = torch.from_numpy(rng.standard_normal((4, 8, 3))).float()
+        for episode in (2, 3):
+            for task in range(8):
+                steps = [t for t in range(20 * episode) if trial.valid[t, task] and t % 20 != 19]
+                context = agent.experience(trial.transitions, torch.tensor(steps)[:, None], torch.tensor([task]))
+                q = agent.posterior(context)
+                expected[episode, task] = q.mean[0] + q.stddev[0] * expected[episode, task]
+        z = torch.stack(seen[:80]).unflatten(0, (4, 20))
+        torch.testing.assert_close(z, expected[:, None].expand_as(z), rtol=1e-4, atol=1e-5)
+
+    def test_the_third_episode_beats_the_first(self, tmp_path):
+        main_pearl = functools.partial(trmrl.main, agent_class=pearl.PEARL, args_class=pearl.Args)
+        flags = "--env PointMass --total-timesteps 12800 --gradient-steps 150 --minibatch-size 256"
+        folder = run(tmp_path, *flags.split(), main=main_pearl)
+        rewards = np.load(folder / "meta_test.npz")["rewards"].sum(2).mean(0)
+        assert rewards[2:].mean() > rewards[:2].mean() + 4, rewards
+
+
+class TestMAML:
+    @staticmethod
+    def agent_and_trial(**flags):
+        envs = copies(Mortal)
+        torch.manual_seed(0)
+        agent = maml.MAML(envs[0], maml.Args(**dict(d_model=4, inner_rate=0.5) | flags))
+        with torch.no_grad():
+            agent.policy.weight.mul_(100)  # so that curvature shows
+        return agent, trial_of(envs, agent, tasks=3, episodes=4)
+
+    def halves(self, agent, trial):
+        half = 2 * agent.horizon
+        before = agent.experience(trial.transitions[:half], trial.valid[:half])
+        after = agent.experience(trial.transitions[half:-1], trial.valid[half:])
+        return nn.utils.parameters_to_vector(agent.parameters()).detach(), before, after
+
+    @torch.no_grad()
+    def test_advantages_are_gae_within_an_episode_with_a_fitted_baseline(self):
+        agent, trial = self.agent_and_trial()
+        _, before, _ = self.halves(agent, trial)
+        for task in range(3):
+            valid, features, returns = trial.valid[:40, task], [], []
+            for t in range(40):
+                s = agent.normalise(trial.transitions[t, task])[0].item()
+                time, episode = t % 20 / 100, range(t, t // 20 * 20 + 20)
+                features.append([s, s**2, time, time**2, time**3, 1.0])
+                returns.append(sum(0.95 ** (i - t) * trial.r[i, task].item() for i in episode))
+            x, y, lived = np.array(features), np.array(returns), valid.numpy()
+            rows = np.concatenate([x[lived], np.sqrt(1e-5) * np.eye(6)])  # ridge regression as least squares
+            values = x @ np.linalg.lstsq(rows, np.concatenate([y[lived], np.zeros(6)]), rcond=None)[0] * lived
+            advantages = np.zeros(40)
+            for t in reversed(range(40)):
+                if lived[t]:
+                    last = t % 20 == 19
+                    delta = trial.r[t, task].item() + (0 if last else 0.95 * values[t + 1]) - values[t]
+                    advantages[t] = delta + (0 if last else 0.95 * 0.95 * advantages[t + 1])
+            expected = (advantages[lived] - advantages[lived].mean()) / advantages[lived].std()
+            np.testing.assert_allclose(before.advantages[task][valid].numpy(), expected, rtol=1e-2, atol=1e-3)
+            assert torch.equal(before.weights[task] > 0, valid) and abs(before.weights[task].sum() - 1) < 1e-5
+
+    def test_an_inner_step_is_one_of_gradient_descent(self):
+        """Against torch.optim.SGD on the policy gradient's loss, averaged over the valid steps."""
+        agent, trial = self.agent_and_trial()
+        theta, before, _ = self.halves(agent, trial)
+        for task in range(3):
+            other, valid = deepcopy(agent), trial.valid[:40, task]
+            optimizer = torch.optim.SGD(other.parameters(), lr=0.5)
+            policy = torch.distributions.Normal(other.policy(other.hidden(before.s[task][valid])), other.log_std.exp())
+            log_probs = policy.log_prob(trial.a[:40, task][valid]).sum(1)
+            (-log_probs * before.advantages[task][valid]).mean().backward()
+            optimizer.step()
+            adapted = agent.adapt(theta, maml.Experience(*(part[task] for part in before)), 0.5)
+            torch.testing.assert_close(adapted, nn.utils.parameters_to_vector(other.parameters()).detach())
+
+    def test_the_meta_gradient_goes_through_the_inner_step(self):
+        """Against central differences in float64, from which the first-order gradient differs."""
+        agent, trial = self.agent_and_trial()
+        agent.double()
+        theta, before, after = self.halves(agent, trial)
+        before, after = (maml.Experience(*(part.double() for part in x)) for x in (before, after))
+        theta = theta.double()
+        old = tuple(x.detach() for x in agent.adapted(theta, before, after.s))
+
+        def gain(theta):
+            return agent.meta_objective(theta, before, after, old)[0]
+
+        gradient = torch.func.grad(gain)(theta)
+        numeric = [(gain(theta + 1e-6 * e) - gain(theta - 1e-6 * e)) / 2e-6 for e in torch.eye(len(theta)).double()]
+        torch.testing.assert_close(gradient, torch.stack(numeric).detach(), rtol=1e-4, atol=1e-7)
+        step = torch.func.vmap(agent.adapt, in_dims=(None, 0, None))(theta, before, agent.inner_rate) - theta
+
+        def first_order(theta):
+            mean, log_std = torch.func.vmap(agent.policy_of)(theta + step.detach(), after.s)
+            new = torch.distributions.Normal(mean, log_std.exp()[:, None], validate_args=False)
+            old_policy = torch.distributions.Normal(old[0], old[1].exp()[:, None], validate_args=False)
+            ratio = (new.log_prob(after.a) - old_policy.log_prob(after.a)).sum(2).exp()
+            return (after.weights * after.advantages * ratio).sum(1).mean()
+
+        assert (torch.func.grad(first_order)(theta) - gradient).norm() > 0.05 * gradient.norm()
+
+    def test_the_products_with_the_kls_hessian_are_those_of_the_dense_one(self):
+        agent, trial = self.agent_and_trial()
+        agent.double()
+        theta, before, after = self.halves(agent, trial)
+        before, after = (maml.Experience(*(part.double() for part in x)) for x in (before, after))
+        theta = theta.double()
+        old = tuple(x.detach() for x in agent.adapted(theta, before, after.s))
+        dense = torch.func.hessian(lambda theta: agent.meta_objective(theta, before, after, old)[1])(theta)
+        product = agent.kl_hessian(theta, before, after)
+        for v in torch.randn(3, len(theta), dtype=torch.double):
+            torch.testing.assert_close(product(v), dense @ v, rtol=1e-6, atol=1e-9)
+
+    def test_conjugate_gradient_solves(self):
+        root = torch.randn(12, 12, dtype=torch.double)
+        matrix, b = root @ root.T + torch.eye(12), torch.randn(12, dtype=torch.double)
+        x = maml.conjugate_gradient(lambda v: matrix @ v, b, 12)
+        torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-6)
+
+    def test_an_outer_step_stays_in_the_trust_region_or_is_not_taken(self):
+        agent, trial = self.agent_and_trial()
+        theta, before, after = self.halves(agent, trial)
+        with torch.no_grad():
+            old = agent.adapted(theta, before, after.s)
+        policy = torch.distributions.Normal(old[0], old[1].exp()[:, None])
+        log_probs = policy.log_prob(after.a).sum(2).T  # acting adapted as the update does: the ratio is 1
+        torch.testing.assert_close(
+            log_probs[trial.valid[40:]], trial.log_probs[40:][trial.valid[40:]], rtol=1e-3, atol=1e-3
+        )
+        start, kl = agent.meta_objective(theta, before, after, old)
+        assert abs(kl) < 1e-6
+        args, optimizer = maml.Args(min_std=0.01), agent.optimizer(maml.Args())
+        moments = {name: x.clone() for name, x in agent.named_buffers()}
+        row = agent.update(optimizer, trial, args, np.random.default_rng(0), 1.0)
+        agent.load_state_dict(moments, strict=False)  # the inputs' scale is as it was
+        gain, kl = agent.meta_objective(nn.utils.parameters_to_vector(agent.parameters()), before, after, old)
+        assert row["gradient_steps"] == 1 and gain > start and 0.003 < kl <= args.max_kl + 1e-6
+        refused, theirs = deepcopy(agent), [x.clone() for x in agent.parameters()]
+        refused.meta_objective = lambda theta, *_: (theta.sum(), torch.tensor(1.0))  # each try is too far
+        assert refused.update(optimizer, trial, args, np.random.default_rng(0), 1.0)["gradient_steps"] == 0
+        assert all(torch.equal(x, y) for x, y in zip(refused.parameters(), theirs))
+
+    def test_adapting_pays_on_a_toy_task_distribution(self, tmp_path):
+        main_maml = functools.partial(trmrl.main, agent_class=maml.MAML, args_class=maml.Args)
+        folder = run(tmp_path, "--env", "PointMass", "--total-timesteps", "48000", main=main_maml)
+        rewards, table = np.load(folder / "meta_test.npz")["rewards"].sum(2).mean(0), progress(folder)
+        assert rewards[1:].mean() > rewards[0] + 2, rewards
+        last = table.iloc[-5:]
+        assert (last["return_after"] - last["return_before"]).mean() > 1
