@@ -65,13 +65,13 @@ class Args:
     input_limit: float = 3.0  # normalised inputs are clipped to ± this many standard deviations
     min_input_std: float = 0.5  # an input that varies less is divided by this instead of its own std
     total_timesteps: int = 2_000_000  # [PPO] environment steps of meta-training, rounded up to whole iterations
-    learning_rate: float = 6e-4  # Adam's learning rate
+    learning_rate: float = 5e-4  # Adam's learning rate
     anneal: bool = True  # lower the learning rate linearly to 0, and the policy's largest std with its square root
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     clip_coef: float = 0.2  # the probability ratio is clipped to 1 ± this
     update_epochs: int = 3  # passes of an update over the iteration's trials, fewer if target_kl ends it
-    minibatch_size: int = 400  # steps of a minibatch, drawn from all tasks
+    minibatch_size: int = 200  # steps of a minibatch, drawn from all tasks
     target_kl: float | None = 0.04  # an update ends when its mean KL exceeds this, or its last 5 minibatches' 5 × this
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm if it is larger
     eval_interval: int = 10  # [evaluation] an evaluation on test and OOD tasks every this many iterations
@@ -172,7 +172,7 @@ def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int)
 # --- The agent: working memory (Sec. 4.1), refinement (Eq. 6), policy and value (Alg. 1) ------------------------------
 class Agent(nn.Module):
     """φ, the transformer over the last N working memories, a Gaussian policy and a value on the last episodic memory.
-    Shapes, with HalfCheetahVel's numbers: B = 400 steps in a minibatch (20 tasks when acting), N = 5 memories of d = 32
+    Shapes, with HalfCheetahVel's numbers: B = 200 steps in a minibatch (20 tasks when acting), N = 5 memories of d = 32
     numbers, S = 17 observations, A = 6 actions, T = 2 · 200 steps of n = 20 tasks. Unlike in language models, no keys
     or values are kept from step to step: a memory's position is its place in the window, which changes at each step.
     Another method is a subclass (baselines/) that overrides build, and those methods below that differ."""
@@ -567,13 +567,13 @@ class MetaWorld(gymnasium.Env):
 
 ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir, "ML45-Train": MetaWorld}
 ENVS |= {"ML1-Reach": lambda seed: MetaWorld(seed, "reach-v3"), "ML1-Push": lambda seed: MetaWorld(seed, "push-v3")}
-LONG = dict(heads=4, learning_rate=5e-4, minibatch_size=200, update_epochs=6, target_kl=None)  # no KL limit
+LONG = dict(heads=4, update_epochs=6, target_kl=None)  # no KL limit
 DEFAULTS = {  # Args has HalfCheetahVel's values; results/tuning.md has the reasons for these
-    "PointMass": dict(
-        num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, minibatch_size=200, total_timesteps=64_000
-    ),
+    "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": dict(num_tasks=10, total_timesteps=4_000_000, **LONG),
-    "ML1-Reach": dict(init_std=1.0, learning_rate=1e-3, memory_length=30, heads=4, total_timesteps=4_000_000),
+    "ML1-Reach": dict(
+        init_std=1.0, learning_rate=1e-3, minibatch_size=400, memory_length=30, heads=4, total_timesteps=4_000_000
+    ),
     "ML1-Push": dict(init_std=1.0, total_timesteps=3_000_000, **LONG),
     "ML45-Train": dict(init_std=1.0, num_tasks=25, total_timesteps=6_000_000, test_tasks=45, **LONG),
 }
