@@ -283,7 +283,7 @@ class TestPEARL:
         close(losses["value_loss"], 2 * torch.cat(squares).mean() + 0.5 * kl)
 
     def test_each_loss_moves_its_own_parameters(self):
-        """The encoder learns from the Q-functions and the KL, not from the policy, which is all that its own loss moves."""
+        """The encoder learns from the Q-functions and the KL; the policy alone learns from its own loss."""
         args = pearl.Args(gradient_steps=1, batch_tasks=4, minibatch_size=16, latent_size=3)
         moved = {"value_loss": {"encoder", "q_functions", "q_targets"}, "policy_loss": {"actor"}}
         for name, expected in (moved | {"temperature_loss": {"log_temperature"}}).items():
