@@ -24,9 +24,8 @@ import plot  # noqa: E402 (both are in the folder above)
 import trmrl  # noqa: E402
 
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
-OLD = " --learning-rate 5e-4 --minibatch-size 200"  # HalfCheetahVel's defaults when these runs were made
-HEADS, CHEETAH = "HalfCheetahVel" + OLD, f"HalfCheetahVel{OLD} --heads 4"
-CHEETAH_4M = f"HalfCheetahVel --total-timesteps 4000000{OLD} --heads 4"
+CHEETAH = "HalfCheetahVel --heads 4"  # the default when these runs were made
+CHEETAH_4M = "HalfCheetahVel --total-timesteps 4000000 --heads 4"
 RL2_4M = "HalfCheetahVel --total-timesteps 4000000"
 REACH = "ML1-Reach --total-timesteps 1500000"
 
@@ -226,7 +225,7 @@ def doubled_heads() -> tuple[str, str]:
     """The slope of the area over the logarithm of the number of heads."""
     doublings, areas = [], []
     for doubling, heads in enumerate((1, 2, 4, 8, 16)):
-        runs = load(f"{HEADS} --heads {heads}")
+        runs = load(f"HalfCheetahVel --heads {heads}")
         doublings += [doubling] * len(runs)
         areas += each(Run.area, runs)
     fit = linregress(doublings, areas)
@@ -468,12 +467,12 @@ def write_seeds() -> None:
 def draw(film: bool = False) -> None:
     """Every figure from the kept runs, into results/figures."""
     names = "|".join(name_of(script, main(env, script), 0)[:-3] for script in ("trmrl", "rl2") for env in ENVS)
-    prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (HEADS, CHEETAH, CHEETAH_4M, REACH)}
+    prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (CHEETAH, CHEETAH_4M, REACH)}
     figures = {  # flag: the runs that its figure is drawn from
         "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?-s\d+",
         "memory_length": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-memory-length-\d+)?-s\d+",
         "layers": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-layers-\d+)?-s\d+",
-        "heads": rf"{prefix[HEADS]}-heads-\d+-s\d+",
+        "heads": r"trmrl-HalfCheetahVel-heads-\d+-s\d+",
     }
     out = KEPT.parent / "figures"
 

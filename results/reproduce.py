@@ -19,7 +19,6 @@ from claims import (
     CHEETAH,
     CHEETAH_4M,
     ENVS,
-    HEADS,
     KEPT,
     MAIN,
     REACH,
@@ -47,7 +46,7 @@ RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
     *(("trmrl.py", f"{REACH} --memory-length {N}", THREE, 0.5 + 0.01 * N) for N in (1, 5, 50)),
     *(("trmrl.py", f"{CHEETAH} --layers {L}", THREE, 0.1 + 0.03 * L) for L in (1, 2, 8, 12)),
-    *(("trmrl.py", f"{HEADS} --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
+    *(("trmrl.py", f"HalfCheetahVel --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
     *((RL2, env, (seed,), hours) for env, seed, hours in (("ML1-Push", 16, 1.4), ("ML45-Train", 15, 2.4))),
     *(("trmrl.py", f"{REACH} --layers {L}", THREE, 0.5 + 0.1 * L) for L in (1, 8)),
 ]
