@@ -77,7 +77,7 @@ def load_run(folder: Path, problems: list[str]) -> Run:
                 files[path.stem] = dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             problems.append(f"{path} is damaged")
-    unfinished = progress["env_steps"].iloc[-1] < args["total_timesteps"] or not (folder / "refinement.npz").exists()
+    unfinished = progress["env_steps"].iloc[-1] < args["total_timesteps"] or not any(folder.glob("*.npz"))
     return Run(folder, args, files, args["env"], args["method"].replace("RL2", "RL²"), args["seed"], unfinished)
 
 

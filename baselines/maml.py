@@ -6,14 +6,16 @@ order), within a trust region (TRPO, Schulman et al. 2015). At meta-test a gradi
 
     python baselines/maml.py --env HalfCheetahVel     trmrl.py's flags, where they mean something; the same run folder
 
-MAML's paper (Sec. 4.2 and Alg. 3) and this file; tasks, trials, normalisation and meta-tests are trmrl.py's.
-Alg. 3, line 5 and 8   sample trajectories D and D'    Learner, MAML.collect
-Eq. 4, lines 6 and 7   θ'_i = θ - α ∇ L_i(θ)           MAML.adapt
-Alg. 3, line 10        the meta-update, by TRPO        MAML.update, conjugate_gradient
+MAML's Alg. 3 (its Sec. 3.2) and this file; tasks, trials, normalisation and meta-tests are trmrl.py's.
+Lines 4 and 9      for all tasks                     vmap: all tasks at once
+Lines 5 and 8      sample trajectories D and D'      MAML.collect, with a Learner
+Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learner and again in MAML.adapted
+Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO, whose line search stands for β
 
-Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: advantages come from GAE with
-a linear baseline, as in later code; the policy's std has a lower bound, since without noise there is no inner gradient.
-The episodes that are adapted from act with noise at meta-test, too; only its last episode acts by the mean.
+Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: one episode before and one
+after, of 40 tasks, where it has 20 episodes; advantages by GAE; tanh networks, normalised inputs; exact products with
+the KL's Hessian instead of finite differences; the std has a lower bound, as without noise there is no inner gradient.
+At meta-test the episodes that are adapted from act with noise, too; only the last one acts by the mean.
 """
 
 import math
@@ -40,10 +42,11 @@ import trmrl  # noqa: E402 (it is in the folder above)
 class Args(trmrl.Args):
     """MAML-TRPO: meta-train on a distribution of tasks; at meta-test a gradient step follows each episode."""
 
-    episodes_per_trial: int = 4  # the first half of them is adapted from, the other half follows the inner step
+    num_tasks: int = 40  # tasks drawn in each iteration, with one trial of each
+    episodes_per_trial: int = 2  # the first half of them is adapted from, the other half follows the inner step
     d_model: int = 64  # the size of each of the policy's two hidden layers
     init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
-    min_std: float = 0.3  # lower bound of θ's std
+    min_std: float = 0.3  # lower bound of the std before the inner step
     total_timesteps: int = 10_000_000  # environment steps of meta-training, rounded up to whole iterations
     inner_rate: float = 0.1  # [MAML] α, the learning rate of an inner step; at meta-test half of it after the first
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
@@ -62,6 +65,7 @@ class Args(trmrl.Args):
     minibatch_size: Suppress[Fixed[int]] = 1
     target_kl: Suppress[Fixed[None]] = None
     max_grad_norm: Suppress[Fixed[float]] = 1.0
+    own_defaults = {"PointMass": dict(total_timesteps=64_000)}
 
 
 class Experience(NamedTuple):
@@ -74,13 +78,16 @@ class Experience(NamedTuple):
 
 
 class MAML(trmrl.Agent):
-    """A Gaussian policy whose parameters are one vector: θ (P,), after adapting to n tasks θ' (n, P)."""
+    """A Gaussian policy whose parameters are one vector: θ (P,), after adapting to n tasks θ' (n, P). It acts through
+    collect, which adapts it."""
 
     method = "MAML"
     refine = None  # there are no memories to analyse
     evaluation_episodes = 2
 
     def __init__(self, env, args: Args):
+        if args.episodes_per_trial % 2:
+            raise trmrl.UserError(f"--episodes-per-trial {args.episodes_per_trial}: takes an even number")
         super().__init__(env, args)
         del self.value, self.return_mean, self.return_std  # the baseline is fitted anew to each task's episodes
 
@@ -92,7 +99,7 @@ class MAML(trmrl.Agent):
         return self.policy(self.hidden(s)), self.log_std
 
     def policy_of(self, theta: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (k, A) and logarithm of the std (A,) of the policy with parameters θ (P,), at observations s (k, S)."""
+        """Mean (..., A) and log-std (A,) of the policy with parameters θ (P,), at normalised observations (..., S)."""
         shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         parts = theta.split([shape.numel() for shape in shapes.values()])
         return functional_call(self, {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}, (s,))
@@ -124,7 +131,7 @@ class MAML(trmrl.Agent):
         return sums
 
     def adapt(self, theta: Tensor, experience: Experience, rate: float) -> Tensor:
-        """Eq. 4, the inner step of one task: θ' = θ - rate · ∇ L(θ), L = -mean(log π(a | s) · advantage)."""
+        """The inner step of one task: θ' = θ - rate · ∇ L(θ). L is the mean over steps of -log π(a | s) · advantage."""
 
         def loss(theta: Tensor) -> Tensor:
             mean, log_std = self.policy_of(theta, experience.s)
@@ -170,7 +177,8 @@ class MAML(trmrl.Agent):
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """One outer step (Alg. 3, line 10), by TRPO. Returns columns of progress.csv."""
+        """One outer step (Alg. 3, line 10), by TRPO. Returns columns of progress.csv; its own are inner_kl, from each
+        task's adapted policy to the one before, and the returns before and after adapting."""
         half = args.episodes_per_trial // 2 * self.horizon
         before = self.experience(trial.transitions[:half], trial.valid[:half])
         after = self.experience(trial.transitions[half:-1], trial.valid[half:])
@@ -179,7 +187,7 @@ class MAML(trmrl.Agent):
         gradient = grad(lambda theta: self.meta_objective(theta, before, after, old)[0])(theta)
         hessian = self.kl_hessian(theta, before, after)
         direction = conjugate_gradient(lambda v: hessian(v) + args.damping * v, gradient, args.cg_steps)
-        step = direction * (2 * args.max_kl / (direction @ hessian(direction))).sqrt()
+        step = direction * (2 * args.max_kl / (direction @ hessian(direction)).clamp(min=1e-12)).sqrt()
         if not torch.isfinite(step).all():
             raise trmrl.RunFailed("the outer step is not finite")
         start, _ = self.meta_objective(theta, before, after, old)
@@ -192,17 +200,12 @@ class MAML(trmrl.Agent):
                 break
         self.log_std.clamp_(min=math.log(args.min_std))
         self.count_inputs(trial.transitions[:-1][trial.valid])
-        moved = [
-            Normal(mean, log_std.exp()) for mean, log_std in (self.policy_of(theta, after.s), (old[0], old[1][:, None]))
-        ]
-        inner_kl = (after.weights * kl_divergence(*moved).sum(2)).sum(1).mean()
+        mean, log_std = self.policy_of(theta, after.s)
+        moved = kl_divergence(Normal(old[0], old[1].exp()[:, None]), Normal(mean, log_std.exp())).sum(2)
         returns = trmrl.episode_results(trial, 2)[0].sum(2).mean(0) / (args.episodes_per_trial / 2)
-        row |= {"entropy": Normal(0.0, old[1].exp()).entropy().sum(1).mean().item(), "line_search_steps": i + 1}
-        return row | {
-            "inner_kl": inner_kl.item(),
-            "return_before": returns[0].item(),
-            "return_after": returns[1].item(),
-        }
+        row |= {"entropy": Normal(0.0, old[1].exp()).entropy().sum(1).mean().item()}
+        row |= {"inner_kl": (after.weights * moved).sum(1).mean().item()}
+        return row | {"return_before": returns[0].item(), "return_after": returns[1].item()}
 
 
 class Learner:
@@ -232,10 +235,10 @@ class Learner:
 
 def linear_fit(features: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """Predictions (k, n) by ridge regression of targets (k, n) on features (k, n, ·), for each of n tasks by itself,
-    fitted where valid (k, n)."""
+    fitted where valid (k, n). With later code's 1e-5 for the ridge a short episode would be fitted exactly."""
     x = features.transpose(0, 1).double()  # (n, k, ·)
     xt = (features * valid[..., None]).permute(1, 2, 0).double()
-    ridge = 1e-5 * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    ridge = 1.0 * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(xt @ x + ridge, xt @ targets.T[..., None].double())
     return (x @ weights)[..., 0].T.float()
 
@@ -245,12 +248,12 @@ def conjugate_gradient(product, b: Tensor, steps: int) -> Tensor:
     x, residual = torch.zeros_like(b), b.clone()
     direction, square = residual.clone(), b @ b
     for _ in range(steps):
+        if square <= 1e-10 * (b @ b):
+            break
         h = product(direction)
         length = square / (direction @ h)
         x, residual = x + length * direction, residual - length * h
         square, before = residual @ residual, square
-        if square < 1e-10 * (b @ b):
-            break
         direction = residual + square / before * direction
     return x
 

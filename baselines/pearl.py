@@ -2,20 +2,22 @@
 
 From transitions c_n = (s, a, r, s') of a task, an encoder infers the posterior q(z | c) over a latent task variable z:
 each transition gives one Gaussian factor, and the posterior is their product. Policy and Q-functions see a sample of z
-beside the state, and learn off-policy by SAC from a replay buffer. The task is explored by posterior sampling: with z
-from the prior in the first two episodes, then with z from the posterior, drawn once an episode. So the third episode is
-the first that is adapted, and it is the one that evaluations score.
+beside the state, and learn off-policy by SAC from a replay buffer. A task is explored by posterior sampling: z is drawn
+once an episode, in the first two episodes from the prior, later from the posterior. So the third episode is the first
+that is adapted, and evaluations score it.
 
     python baselines/pearl.py --env HalfCheetahVel     trmrl.py's flags, where they mean something; the same run folder
 
 PEARL's paper and this file; tasks, trials, normalisation and meta-tests are trmrl.py's.
-Sec. 4.1, q(z | c)     PEARL.posterior     Alg. 1, lines 3 to 10   Explorer, PEARL.remember
-Sec. 5.1, SAC          PEARL.losses        Alg. 1, lines 11 to 20  PEARL.update
-                                           Alg. 2, meta-test       Explorer
+Sec. 4, q(z | c)         PEARL.posterior     Alg. 1, collecting data into the buffers   Explorer, PEARL.remember
+Sec. 5, SAC with z       PEARL.losses        Alg. 1, the training steps                 PEARL.update
+                                             Alg. 2, meta-testing                       Explorer
 
-Unlike in the authors' code: each iteration draws new tasks instead of revisiting 100 of them, and their trials are the
-replay buffer; there is no V network, as targets come from the target Q-functions; the temperature is learned; inputs
-are normalised by the first iteration's moments; the context has s', as in the paper; networks and batches are smaller.
+As in the authors' code, but unlike Alg. 2, the second episode is not adapted yet, and at meta-test the context holds
+all episodes so far, though training infers z from context_size transitions of a trial's first two episodes.
+Unlike in their code: each iteration draws tasks anew, and the latest trials are the replay buffer, each with a context
+of its own; there is no V network, as targets come from the target Q-functions; the temperature is learned; inputs are
+normalised by the first iteration's moments; the context has s', as in the paper; networks and batches are smaller.
 """
 
 import math
@@ -48,13 +50,14 @@ class Args(trmrl.Args):
     total_timesteps: int = 1_000_000  # environment steps of meta-training, rounded up to whole iterations
     learning_rate: float = 1e-3  # Adam's learning rate
     gamma: float = 0.97  # discount factor
-    minibatch_size: int = 512  # [SAC] transitions in a gradient step, of batch_tasks trials
-    batch_tasks: int = 16  # trials in a gradient step, drawn from the latest 500; each is of a task of its own
-    gradient_steps: int = 500  # gradient steps in each iteration
+    gradient_steps: int = 500  # [SAC] gradient steps in each iteration
+    batch_trials: int = 16  # trials in a gradient step, drawn from the latest 500; each counts as a task
+    batch_steps: int = 32  # transitions of each of these trials, for policy and Q-functions
     target_rate: float = 0.01  # τ, the share of the way that the target Q-functions go in a gradient step
     latent_size: int = 5  # [context] the numbers of z
     context_size: int = 64  # transitions of a trial's first two episodes from which z is inferred in a gradient step
-    kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)); 0.1 beside rewards times 5 in the authors' code
+    kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)): the authors' 0.1, whose rewards are 5 times as large
+    own_defaults = {"PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9)}
     test_episodes: int = 6  # [evaluation] episodes of each task in a meta-test, the third the first that is adapted
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
@@ -65,6 +68,7 @@ class Args(trmrl.Args):
     gae_lambda: Suppress[Fixed[float]] = 1.0
     clip_coef: Suppress[Fixed[float]] = 1.0
     update_epochs: Suppress[Fixed[int]] = 1
+    minibatch_size: Suppress[Fixed[int]] = 1
     target_kl: Suppress[Fixed[None]] = None
     max_grad_norm: Suppress[Fixed[float]] = 1.0
 
@@ -78,6 +82,8 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class PEARL(trmrl.Agent):
+    """Encoder, policy and Q-functions. It acts through collect, which gives it a z for each episode."""
+
     method = "PEARL"
     refine = None  # there are no memories to analyse
     evaluation_episodes = 3
@@ -88,7 +94,7 @@ class PEARL(trmrl.Agent):
         if distributed.is_torchelastic_launched():
             raise trmrl.UserError("torchrun: PEARL trains in one process")
         super().__init__(env, args)
-        del self.policy, self.value, self.log_std, self.return_mean, self.return_std  # SAC has its own, from build
+        del self.policy, self.value, self.log_std, self.return_mean, self.return_std  # SAC's are in build
 
     def build(self, args: Args) -> None:
         S, A, d, m = self.num_observations, self.num_actions, args.d_model, args.latent_size
@@ -108,11 +114,10 @@ class PEARL(trmrl.Agent):
         steps = torch.arange(len(valid), device=valid.device)
         return valid & ((steps + 1) % self.horizon != 0)[:, None]
 
-    def experience(
-        self, transitions: Tensor, t: Tensor, trial: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def experience(self, transitions: Tensor, t: Tensor, trial: Tensor) -> tuple:
         """s, a, r, s' and η of steps t (C, B) of trials (B,): (C, B, S), (C, B, A), (C, B, 1), (C, B, S), (C, B, 1).
-        s and s' are normalised. r is divided by its std alone: to add to rewards would change what a death costs."""
+        s and s' are normalised; after a death s' is not known, and 0 stands for it. r is divided by its std alone: to
+        add to rewards would change what a death costs."""
         now, after = transitions[t, trial], transitions[t + 1, trial]
         s, a, r, eta = trmrl.named(now, self.num_observations)
         std = self.input_var[-2].sqrt().clamp(min=self.min_input_std)
@@ -178,14 +183,13 @@ class PEARL(trmrl.Agent):
         return trmrl.collect_trial(Explorer(self, z_noise), envs, tasks, episodes, rng, explore)
 
     def remember(self, trial: trmrl.Trial) -> None:
-        """Appends trials to the replay buffer. The usable steps come first in replay_usable, and those of the first two
-        episodes before the others, so that the counts say from which to draw."""
+        """Appends trials to the replay buffer. Usable steps come first in replay_order, and among them those of the
+        first two episodes, so that the counts say from how many to draw."""
         usable = self.usable(trial.valid)
         order = (~usable).int().argsort(dim=0, stable=True).int()
         counts = torch.stack([usable[: self.prior_episodes * self.horizon].sum(0), usable.sum(0)])
-        added = (("replay", trial.transitions), ("replay_order", order), ("replay_counts", counts))
-        for name, new in added:
-            setattr(self, name, torch.cat([getattr(self, name), new], dim=1)[:, -self.replay_trials :])
+        for name, new in (("replay", trial.transitions), ("replay_order", order), ("replay_counts", counts)):
+            setattr(self, name, torch.cat([getattr(self, name), new], dim=1)[:, -self.replay_trials :].clone())
 
     def draw(self, trials: Tensor, number: int, kind: int, rng: Generator) -> tuple:
         """number usable steps, with replacement, of each of the trials (B,); kind 0: of their first two episodes."""
@@ -194,29 +198,25 @@ class PEARL(trmrl.Agent):
         return self.experience(self.replay, self.replay_order[i, trials].long(), trials)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """gradient_steps steps of SAC on the latest trials. Returns columns of progress.csv."""
+        """gradient_steps steps of SAC on the latest trials. Returns columns of progress.csv. Its own are
+        context_kl, the KL of posterior and prior summed over a step's trials, and SAC's temperature and its loss."""
         if self.input_count == 1:  # once: what was learned before would be lost on inputs that are scaled anew
             self.count_inputs(trial.transitions[:-1][trial.valid])
         self.remember(trial)
-        of_value = [*self.encoder.parameters(), *self.q_functions.parameters()]
-        reached = {
-            "value_loss": of_value,
-            "policy_loss": [*self.actor.parameters()],
-            "temperature_loss": [self.log_temperature],
-        }
+        reached = {"value_loss": [*self.encoder.parameters(), *self.q_functions.parameters()]}  # by which gradient
+        reached |= {"policy_loss": [*self.actor.parameters()], "temperature_loss": [self.log_temperature]}
         stored = self.replay_counts[0].nonzero()[:, 0]  # trials
-        rows, statistics = args.minibatch_size // args.batch_tasks, []
+        shapes = (args.batch_trials, args.latent_size), (2, args.batch_steps, args.batch_trials, self.num_actions)
+        statistics = []
         for _ in range(args.gradient_steps):
-            trials = stored[rng.integers(len(stored), size=args.batch_tasks)]
-            context, batch = self.draw(trials, args.context_size, 0, rng), self.draw(trials, rows, 1, rng)
-            z_noise, noise = (
-                torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(trials.device)
-                for shape in ((len(trials), args.latent_size), (2, rows, len(trials), self.num_actions))
-            )
+            trials = stored[rng.integers(len(stored), size=args.batch_trials)]
+            context, batch = self.draw(trials, args.context_size, 0, rng), self.draw(trials, args.batch_steps, 1, rng)
+            noises = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+            z_noise, noise = (noise.to(trials.device) for noise in noises)
             losses = self.losses(context, batch, z_noise, noise, args)
             optimizer.zero_grad()
             for name, parameters in reached.items():
-                losses[name].backward(inputs=parameters, retain_graph=True)
+                losses[name].backward(inputs=parameters)
             optimizer.step()
             with torch.no_grad():
                 for target, parameter in zip(self.q_targets.parameters(), self.q_functions.parameters()):

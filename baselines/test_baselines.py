@@ -100,7 +100,7 @@ class TestVariBAD:
         agent, trial = self.agent_and_trial()
         steps, lived = self.lived(trial)
         assert not trial.valid[:20].all() and not trial.valid[20:].all()
-        q = agent.beliefs(steps)
+        q = agent.encode(steps)
         for task in range(6):
             for k, t in enumerate(trial.valid[:, task].nonzero()[:, 0]):
                 mean, std = self.slow_belief(agent, steps, k, task)
@@ -171,10 +171,10 @@ class TestVariBAD:
     def test_a_belief_knows_the_past_alone(self):
         agent, trial = self.agent_and_trial(env=trmrl.PointMass)
         steps, _ = self.lived(trial)
-        before, changed = agent.beliefs(steps), steps.clone()
+        before, changed = agent.encode(steps), steps.clone()
         changed[25, :, 1:] += 1  # the action and the reward at 25, and all that comes later
         changed[26:] += 1
-        after = agent.beliefs(changed)
+        after = agent.encode(changed)
         assert torch.equal(before.mean[:26], after.mean[:26])
         assert not torch.isclose(before.mean[26], after.mean[26]).any()
 
@@ -188,7 +188,7 @@ class TestVariBAD:
         tasks = envs[0].sample_tasks("test", 20, np.random.default_rng(0))
         trial = trmrl.collect_trial(agent, envs, tasks, 2, np.random.default_rng(0), explore=False)
         with torch.no_grad():
-            mean = agent.beliefs(trial.transitions[:-1]).mean[20].numpy()  # after one episode
+            mean = agent.encode(trial.transitions[:-1]).mean[20].numpy()  # after one episode
         features = np.column_stack([mean, np.ones(20)])
         residual = tasks[:, 0] - features @ np.linalg.lstsq(features, tasks[:, 0], rcond=None)[0]
         assert residual.var() < 0.1 * tasks.var()
@@ -284,7 +284,7 @@ class TestPEARL:
 
     def test_each_loss_moves_its_own_parameters(self):
         """The encoder learns from the Q-functions and the KL; the policy alone learns from its own loss."""
-        args = pearl.Args(gradient_steps=1, batch_tasks=4, minibatch_size=16, latent_size=3)
+        args = pearl.Args(gradient_steps=1, batch_trials=4, batch_steps=4, latent_size=3)
         moved = {"value_loss": {"encoder", "q_functions", "q_targets"}, "policy_loss": {"actor"}}
         for name, expected in (moved | {"temperature_loss": {"log_temperature"}}).items():
             agent, trial = self.agent_and_trial()
@@ -316,8 +316,7 @@ class TestPEARL:
         close(z, expected[:, None].expand_as(z), rtol=1e-4, atol=1e-5)
 
     def test_the_third_episode_beats_the_first(self, tmp_path):
-        flags = "--env PointMass --total-timesteps 12800 --gradient-steps 150 --minibatch-size 256"
-        folder = run(tmp_path, *flags.split(), main=main_of(pearl))
+        folder = run(tmp_path, "--env", "PointMass", main=main_of(pearl))
         rewards = np.load(folder / "meta_test.npz")["rewards"].sum(2).mean(0)
         assert rewards[2:].mean() > rewards[:2].mean() + 4, rewards
 
@@ -327,7 +326,7 @@ class TestMAML:
     def agent_and_trial(**flags):
         envs = copies(Mortal)
         torch.manual_seed(0)
-        agent = maml.MAML(envs[0], maml.Args(**dict(d_model=4, inner_rate=0.5) | flags))
+        agent = maml.MAML(envs[0], maml.Args(**dict(d_model=4, inner_rate=0.5, episodes_per_trial=4) | flags))
         with torch.no_grad():
             agent.policy.weight.mul_(100)  # so that curvature shows
         return agent, trial_of(envs, agent, tasks=3, episodes=4)
@@ -357,7 +356,7 @@ class TestMAML:
                 features.append([s, s**2, time, time**2, time**3, 1.0])
                 returns.append(sum(0.95 ** (i - t) * trial.r[i, task].item() for i in episode))
             x, y, lived = np.array(features), np.array(returns), valid.numpy()
-            rows = np.concatenate([x[lived], np.sqrt(1e-5) * np.eye(6)])  # ridge regression as least squares
+            rows = np.concatenate([x[lived], np.eye(6)])  # ridge regression as least squares
             values = x @ np.linalg.lstsq(rows, np.concatenate([y[lived], np.zeros(6)]), rcond=None)[0] * lived
             advantages = np.zeros(40)
             for t in reversed(range(40)):
@@ -420,7 +419,7 @@ class TestMAML:
         close(log_probs[trial.valid[40:]], trial.log_probs[40:][trial.valid[40:]], rtol=1e-3, atol=1e-3)
         start, kl = agent.meta_objective(theta, before, after, old)
         assert abs(kl) < 1e-6
-        args, optimizer = maml.Args(min_std=0.01), agent.optimizer(maml.Args())
+        args, optimizer = maml.Args(min_std=0.01, episodes_per_trial=4), agent.optimizer(maml.Args())
         moments = {name: x.clone() for name, x in agent.named_buffers()}
         row = agent.update(optimizer, trial, args, np.random.default_rng(0), 1.0)
         agent.load_state_dict(moments, strict=False)  # the inputs' scale is as it was

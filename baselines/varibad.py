@@ -7,13 +7,14 @@ belief, so that it can act differently while it is unsure. At meta-test all weig
 
     python baselines/varibad.py --env HalfCheetahVel     the same flags as trmrl.py's, and the same run folder
 
-VariBAD's paper and this file; tasks, trials, PPO, normalisation and meta-tests are trmrl.py's.
-Sec. 3.2, q(m | τ_:t)      VariBAD.encode, belief      Eq. 8 to 10, ELBO     VariBAD.elbo
-Sec. 3.2, p(r | m, …)      VariBAD.decoder             Eq. 11, training      VariBAD.update
-Sec. 3.3, π(a | s, q)      VariBAD.act, forward
+VariBAD's paper (its Sec. 3) and this file; tasks, trials, PPO, normalisation and meta-tests are trmrl.py's.
+Approximate inference: encoder q(m | τ_:t)     VariBAD.embed, encode     Training objective           VariBAD.update
+the decoder, of rewards alone                  vae["decoder"]            the policy π(a | s, q)       VariBAD.forward
+ELBO_t, for each t                             VariBAD.elbo              acting, the belief at work   VariBAD.act
 
-The belief is carried through all episodes of a trial, as in the paper. Smaller than in the authors' code: the networks,
-the buffer of trials, and the number of (t, reward) pairs in a step. Their embeddings of s, a and r are one layer here.
+The belief is carried through all episodes of a trial, as in the paper. Unlike in the authors' code: networks, buffer
+and the number of (t, reward) pairs are smaller; one layer embeds s, a and r together, and the decoder has none; rewards
+are normalised, and kept within input_limit; the policy sees the belief's std instead of its log-variance.
 """
 
 import sys
@@ -45,17 +46,18 @@ class Args(trmrl.Args):
     heads: Suppress[Fixed[int]] = 1
     t_fixup: Suppress[Fixed[bool]] = False
     latent_size: int = 5  # [VAE] the numbers of m, the latent variable that stands for the task
-    kl_weight: float = 0.002  # weight of the KL between successive beliefs; the error of a reward has 1
+    kl_weight: float = 0.002  # weight of the KL of successive beliefs; the authors' 0.1 is beside sums of 50 errors
     vae_learning_rate: float = 1e-3  # Adam's learning rate for encoder and decoder
     vae_steps: int = 5  # gradient steps of encoder and decoder in each iteration
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
     vae_pairs: int = 25  # beliefs drawn from each of these trials, and rewards that each of them must predict
-    own_defaults = {"PointMass": dict(vae_steps=20, vae_learning_rate=3e-3)}
+    own_defaults = dict.fromkeys(("AntDir", "ML1-Push", "ML45-Train"), dict(target_kl=0.04))
+    own_defaults["PointMass"] = dict(vae_steps=20, vae_learning_rate=3e-3)
 
 
 class VariBAD(trmrl.Agent):
-    """Trials of n or B tasks are read as the steps k that were lived, without those after a death: (T, B, S + A + 2)
-    with the lived ones in front, and lived (T, B), False from where a trial has no more of them."""
+    """Encoder and decoder read a trial without the steps after its deaths. steps (T, B, S + A + 2) has the steps that
+    were lived in front, k = 0, 1, …; lived (T, B) is True there, and False for the rest."""
 
     method = "VariBAD"
     refine = None  # there are no memories to analyse
@@ -78,33 +80,33 @@ class VariBAD(trmrl.Agent):
         self.register_buffer("replay", torch.zeros(T, self.replay_trials, len(self.input_mean)))  # newest last
         self.register_buffer("replay_lived", torch.zeros(T, self.replay_trials, dtype=torch.bool))
 
-    def experience(self, steps: Tensor) -> Tensor:
-        """What the encoder reads: all (s_k+1, a_k, r_k), embedded, (T - 1, B, 32). As in the paper, η is not read."""
+    def embed(self, steps: Tensor) -> Tensor:
+        """What the GRU reads: all (s_k+1, a_k, r_k), embedded, (T - 1, B, 32). η is not read, as in the paper. At an
+        episode's end s_k+1 is the first observation of the next episode, in acting as in training."""
         s, a, r, _ = trmrl.named(self.normalise(steps), self.num_observations)
         return self.vae["embedding"](torch.cat([s[1:], a[:-1], r[:-1, :, None]], dim=2))
 
-    def belief(self, h: Tensor) -> Normal:
-        """q(m | τ_:t), with mean and std (..., m), of the encoder's states h (..., d)."""
+    def q_of(self, h: Tensor) -> Normal:
+        """The belief q(m | τ_:t), with mean and std (..., m), that the GRU's states h (..., d) stand for."""
         mean, log_variance = self.vae["belief"](h).chunk(2, dim=-1)
         return Normal(mean, (0.5 * log_variance.clamp(-10, 4)).exp(), validate_args=False)
 
-    def beliefs(self, steps: Tensor) -> Normal:
+    def encode(self, steps: Tensor) -> Normal:
         """The belief before each of the steps, with mean and std (T, B, m). A state of zeros gives the first one."""
-        h, _ = self.vae["gru"](self.experience(steps))
-        return self.belief(torch.cat([torch.zeros_like(h[:1]), h]))
+        h, _ = self.vae["gru"](self.embed(steps))
+        return self.q_of(torch.cat([torch.zeros_like(h[:1]), h]))
 
     def elbo(self, steps: Tensor, lived: Tensor, rng: Generator, pairs: int) -> tuple[Tensor, Tensor]:
-        """The two parts of the negative ELBO (Eq. 8 to 10), as means where the paper has sums: the squared error of the
+        """The two parts of the negative ELBO, as means where the paper has sums: the squared error of the
         predicted rewards, and KL(q_k ‖ q_k-1), with q_-1 = N(0, I). Of each trial so many beliefs are drawn, and as
         many rewards, past and future ones, that each belief must predict from a sample of m. The last reward of an
         episode is never drawn, since the observation after it is not stored."""
-        q = self.beliefs(steps)
-        prior = Normal(torch.zeros_like(q.mean[:1]), torch.ones_like(q.mean[:1]))
-        before = Normal(torch.cat([prior.mean, q.mean[:-1]]), torch.cat([prior.stddev, q.stddev[:-1]]))
+        q = self.encode(steps)
+        first = torch.zeros_like(q.mean[:1])
+        before = torch.cat([first, q.mean[:-1]]), torch.cat([first + 1, q.stddev[:-1]])
+        before = Normal(*before, validate_args=False)
         kl = kl_divergence(q, before).sum(2)[lived].mean()
-        known = lived[1:] & (
-            steps[:-1, :, -1] == 0
-        )  # (T - 1, B): lived, and η = 0, so that s_k+1 is of the same episode
+        known = lived[1:] & (steps[:-1, :, -1] == 0)  # (T - 1, B): where η is 0, s_k+1 is of the same episode
         i, j = draw(lived, pairs, rng), draw(known, pairs, rng)
         noise = torch.from_numpy(rng.standard_normal((*i.shape, q.mean.shape[2]), dtype=np.float32)).to(steps.device)
         m = q.mean.take_along_dim(i[..., None], 0) + q.stddev.take_along_dim(i[..., None], 0) * noise  # (pairs, B, m)
@@ -116,17 +118,15 @@ class VariBAD(trmrl.Agent):
         return ((error * drawn).sum((0, 1)) / drawn.sum((0, 1)).clamp(min=1)).mean(), kl
 
     def forward(self, rows: Tensor, t: Tensor, task: Tensor) -> tuple[Normal, Tensor]:
-        """π and V of state and belief. rows (T + 1, n, S + A + 2 + 2 m) are transitions, then the mean and the std of
-        the belief before each of them. The authors' code has the log-variance, which grows to many times the other
-        inputs' size once the task is known."""
+        """π and V of state and belief. rows (T + 1, n, S + A + 2 + 2 m) are transitions, each followed by mean and std
+        of the belief before it. The log-variance would outgrow the other inputs as soon as the task is known."""
         transitions, belief = rows[t, task].tensor_split([len(self.input_mean)], dim=1)
         s = self.normalise(transitions)[:, : self.num_observations]
         return self.policy_and_value(torch.cat([s, belief], dim=1))
 
     def policy_and_value(self, inputs: Tensor) -> tuple[Normal, Tensor]:
-        policy, _ = super().policy_and_value(self.actor(inputs))
-        _, value = super().policy_and_value(self.critic(inputs))
-        return policy, value
+        policy = Normal(self.policy(self.actor(inputs)), self.log_std.exp(), validate_args=False)
+        return policy, self.value(self.critic(inputs))[:, 0] * self.return_std + self.return_mean
 
     @torch.inference_mode()
     def act(self, transitions: Tensor, t: int, alive: Tensor, noise: Tensor, state) -> tuple:
@@ -137,9 +137,9 @@ class VariBAD(trmrl.Agent):
         else:
             h, last = state
             steps = torch.stack([transitions[last, torch.arange(n)], transitions[t]])
-            new_h, _ = self.vae["gru"](self.experience(steps), h[None])
+            new_h, _ = self.vae["gru"](self.embed(steps), h[None])
             h, last = torch.where(alive[:, None], new_h[0], h), torch.where(alive, t, last)
-        q = self.belief(h)
+        q = self.q_of(h)
         rows = torch.cat([transitions[t], q.mean, q.stddev], dim=1)
         policy, value = self(rows[None], torch.zeros_like(last), torch.arange(n))
         action = policy.mean + policy.stddev * noise
@@ -154,28 +154,33 @@ class VariBAD(trmrl.Agent):
         return Adam([{"params": policy}, vae], lr=args.learning_rate, eps=1e-5, fused=True)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """PPO, in which the beliefs are inputs like others (no gradient of its reaches the encoder, as in the authors'
-        code), and then some steps of encoder and decoder on the latest trials (Eq. 11)."""
+        """PPO, to which the beliefs are inputs like others: its gradient does not reach the encoder, as in the authors'
+        code. Then vae_steps steps of encoder and decoder on the latest trials. Returns columns of progress.csv; its own
+        are reward_error and belief_kl, the two parts of the ELBO, and belief_std, the beliefs' mean std."""
         order = (~trial.valid).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others
         steps, lived = trial.transitions[:-1].take_along_dim(order[..., None], 0), trial.valid.take_along_dim(order, 0)
         with torch.no_grad():
-            q = self.beliefs(steps)
+            q = self.encode(steps)
         k = trial.valid.cumsum(0) - 1  # step t is the k-th that was lived
         beliefs = torch.cat([q.mean, q.stddev], dim=2).take_along_dim(k[..., None], 0)
         rows = torch.cat([trial.transitions, torch.cat([beliefs, torch.zeros_like(beliefs[:1])])], dim=2)
         row = super().update(optimizer, replace(trial, transitions=rows), args, rng, left)
-        self.replay = torch.cat([self.replay, steps], dim=1)[:, -self.replay_trials :]
-        self.replay_lived = torch.cat([self.replay_lived, lived], dim=1)[:, -self.replay_trials :]
+        self.replay = torch.cat([self.replay, steps], dim=1)[:, -self.replay_trials :].clone()
+        self.replay_lived = torch.cat([self.replay_lived, lived], dim=1)[:, -self.replay_trials :].clone()
         stored = self.replay_lived[0].nonzero()[:, 0].cpu()
         optimizer.param_groups[1]["lr"] = args.vae_learning_rate * left
+        parts = []
         for _ in range(args.vae_steps):
             some = stored[rng.integers(len(stored), size=args.vae_trials)]
             error, kl = self.elbo(self.replay[:, some], self.replay_lived[:, some], rng, args.vae_pairs)
             optimizer.zero_grad()
             (error + args.kl_weight * kl).backward()
-            nn.utils.clip_grad_norm_(self.vae.parameters(), args.max_grad_norm)
+            if not nn.utils.clip_grad_norm_(self.vae.parameters(), args.max_grad_norm).isfinite():
+                raise trmrl.RunFailed("the gradient of encoder and decoder is not finite")
             optimizer.step()
-        return row | {"reward_error": error.item(), "belief_kl": kl.item(), "belief_std": q.stddev.mean().item()}
+            parts.append(torch.stack([error, kl]).detach())
+        error, kl = torch.stack(parts).mean(0).tolist()
+        return row | {"reward_error": error, "belief_kl": kl, "belief_std": q.stddev[lived].mean().item()}
 
 
 def draw(allowed: Tensor, number: int, rng: Generator) -> Tensor:
