@@ -35,6 +35,7 @@ NOT_A_SETTING = {"seed", "eval_interval", "test_tasks", "test_episodes", "runs_d
 COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_success", "ood_return"]
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 RETURN, SUCCESS, REWARD = "return of an episode", "success rate", "reward of a step"
+SCORED = {"PEARL": ", episode 3", "MAML": ", episode 2"}  # by evaluations during training; of the others the first one
 COLOURS = dict(zip(("TrMRL", "RL²", "VariBAD", "PEARL", "MAML"), sns.color_palette("colorblind").as_hex()))
 plt.switch_backend("Agg")  # there may be no screen
 sns.set_theme("paper", "ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight", "axes.formatter.useoffset": False})
@@ -189,7 +190,8 @@ def learning_curves(runs: list[Run], x: str = "env_steps", unit: float = 1e6) ->
     for run in runs:
         column, quantity = ("test_success", SUCCESS) if run.env in judged_by_success else ("test_return", RETURN)
         tests = run.files["progress"].dropna(subset=column)
-        curves.append(curve(run, quantity, tests[column], tests[x] / unit))
+        scored = replace(run, label=run.label + SCORED.get(run.method, ""))
+        curves.append(curve(scored, quantity, tests[column], tests[x] / unit))
     groups = pd.concat(curves).groupby(["env", "quantity", "setting", "colour"], sort=False)
     return groups.apply(common_steps).reset_index()
 
@@ -224,6 +226,9 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         sns.lineplot(part, x="x", y="y", errorbar=interval, marker="o" if few else None, **style)
         axes.set(title=env, xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
         axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
+        ends = part.groupby("setting")["x"].max()
+        if ends.max() > 3 * ends.min():  # some methods train for far longer than others
+            axes.set_xscale("log")
     for axes in grid.flat[len(panels) + empty :]:
         axes.remove()
     colours = dict(zip(table["setting"], table["colour"]))
@@ -231,7 +236,8 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
     seeds = " or ".join(str(n) for n in sorted(set(table.groupby(["env", "setting"])["seed"].nunique())))
-    figure.supxlabel(f"means over {seeds} seeds; 95 % intervals from three seeds on", fontsize="small", color="gray")
+    caption = "one seed" if seeds == "1" else f"means over {seeds} seeds; 95 % intervals from three seeds on"
+    figure.supxlabel(caption, fontsize="small", color="gray")
     return figure
 
 
