@@ -21,17 +21,25 @@ def main_of(method):
     return functools.partial(trmrl.main, agent_class=AGENTS[method], args_class=method.Args)
 
 
+def made(method, prepare=lambda agent: None, tasks=6, episodes=2, **flags):
+    """A small agent, the same at each call, prepared, and a trial of it with deaths in both halves."""
+    envs = copies(Mortal)
+    torch.manual_seed(0)
+    agent = AGENTS[method](envs[0], method.Args(**dict(d_model=8) | flags))
+    with torch.no_grad():
+        prepare(agent)
+    trial, half = trial_of(envs, agent, tasks, episodes), 10 * episodes
+    assert not trial.valid[:half].all() and not trial.valid[half:].all()
+    return agent, trial
+
+
 class TestRL2:
     @torch.no_grad()
     def test_values_and_policy_are_of_torchs_gru(self):
         """Of acting and of training, against torch.nn.GRUCell over (s, a, r, η of the step before) of lived steps."""
-        envs = copies(Mortal)
-        agent = rl2.RL2(envs[0], rl2.Args(d_model=8))
-        agent.chunk = 7  # of 41 steps: five chunks, and a shorter one
+        agent, trial = made(rl2, lambda agent: setattr(agent, "chunk", 7), tasks=8)  # 41 steps: five chunks, and 6 more
         cell = torch.nn.GRUCell(8, 8)
         cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in agent.layers.state_dict().items()})
-        trial = trial_of(envs, agent, tasks=8)
-        assert not trial.valid[:20].all() and not trial.valid[20:].all()
         policy, values = agent(trial.transitions, *trial.valid.nonzero(as_tuple=True))
         close(values, trial.values[:-1][trial.valid], rtol=1e-4, atol=1e-5)
         close(policy.log_prob(trial.a[trial.valid]).sum(1), trial.log_probs[trial.valid])
@@ -43,9 +51,7 @@ class TestRL2:
                 close(agent.value(state)[0, 0], trial.values[t, task], rtol=1e-4, atol=1e-5)
 
     def test_gradients_stay_within_a_chunk(self):
-        envs = copies(Mortal)
-        agent = rl2.RL2(envs[0], rl2.Args(d_model=8))
-        agent.chunk = 7
+        agent, _ = made(rl2, lambda agent: setattr(agent, "chunk", 7))
         transitions = torch.rand(41, 2, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])  # no η: nobody dies
         transitions.requires_grad_()
         _, value = agent(transitions, torch.tensor([16]), torch.tensor([1]))
@@ -61,18 +67,11 @@ class TestRL2:
         returns = progress(folder)["test_return"].dropna()
         assert returns.iloc[0] < -8 and returns.iloc[-1] > -4.5 and "-RL2-" in folder.name
         assert np.load(folder / "meta_test.npz")["success"][:, :2].mean() > 0.8
-        assert isinstance(trmrl.load(folder, rl2.RL2, rl2.Args)[0], rl2.RL2)
-        assert not (folder / "attention.npz").exists()
+        assert isinstance(trmrl.load(folder, rl2.RL2, rl2.Args)[0], rl2.RL2) and not (folder / "attention.npz").exists()
 
 
 class TestVariBAD:
-    @staticmethod
-    def agent_and_trial(env=Mortal, tasks=6, **flags):
-        envs = copies(env)
-        torch.manual_seed(0)
-        agent = varibad.VariBAD(envs[0], varibad.Args(**dict(d_model=8, latent_size=3) | flags))
-        agent.input_mean += 0.1  # so that a test sees where inputs are normalised
-        return agent, trial_of(envs, agent, tasks=tasks)
+    made = staticmethod(functools.partial(made, varibad, lambda agent: agent.input_mean.add_(0.1), latent_size=3))
 
     @staticmethod
     def lived(trial):
@@ -97,9 +96,8 @@ class TestVariBAD:
     @torch.no_grad()
     def test_acting_follows_the_belief_and_so_does_training(self):
         """Step by step through deaths and into the second episode, against torch.nn.GRUCell; π and V too."""
-        agent, trial = self.agent_and_trial()
+        agent, trial = self.made()
         steps, lived = self.lived(trial)
-        assert not trial.valid[:20].all() and not trial.valid[20:].all()
         q = agent.encode(steps)
         for task in range(6):
             for k, t in enumerate(trial.valid[:, task].nonzero()[:, 0]):
@@ -113,7 +111,7 @@ class TestVariBAD:
                 close(policy.log_prob(trial.a[t, task]).sum(), trial.log_probs[t, task])
 
     def test_ppo_sees_what_acting_saw_and_its_loss_does_not_reach_the_encoder(self, monkeypatch):
-        agent, trial = self.agent_and_trial()
+        agent, trial = self.made()
         updates = []
 
         def ppo_update(agent, optimizer, rows, *_):
@@ -135,7 +133,7 @@ class TestVariBAD:
 
     @torch.no_grad()
     def test_elbo_is_a_double_sum_over_beliefs_and_all_rewards(self):
-        agent, trial = self.agent_and_trial()
+        agent, trial = self.made()
         steps, lived = self.lived(trial)
         noise = SimpleNamespace(random=np.zeros, standard_normal=lambda shape, dtype: np.full(shape, 0.7, dtype))
         error, kl = agent.elbo(steps, lived, noise, pairs=1000)
@@ -160,7 +158,7 @@ class TestVariBAD:
 
     @torch.no_grad()
     def test_elbo_of_a_few_pairs_is_on_average_that_of_all(self):
-        agent, trial = self.agent_and_trial()
+        agent, trial = self.made()
         rng = np.random.default_rng(0)
         few, whole = (
             torch.stack([agent.elbo(*self.lived(trial), rng, pairs)[0] for _ in range(400)]) for pairs in (2, 1000)
@@ -169,7 +167,7 @@ class TestVariBAD:
 
     @torch.no_grad()
     def test_a_belief_knows_the_past_alone(self):
-        agent, trial = self.agent_and_trial(env=trmrl.PointMass)
+        agent, trial = self.made()
         steps, _ = self.lived(trial)
         before, changed = agent.encode(steps), steps.clone()
         changed[25, :, 1:] += 1  # the action and the reward at 25, and all that comes later
@@ -194,19 +192,16 @@ class TestVariBAD:
 
 class TestPEARL:
     @staticmethod
-    def agent_and_trial(**flags):
-        """Trials in which a step's observation is its number, and η marks deaths; inputs are left as they are."""
-        envs = copies(Mortal)
-        torch.manual_seed(0)
-        agent = pearl.PEARL(envs[0], pearl.Args(**dict(d_model=8, latent_size=3, input_limit=1e9) | flags))
-        trial = trial_of(envs, agent, tasks=8, episodes=4)
+    def made():
+        """Trials in which a step's observation is its number; inputs are left as they are."""
+        agent, trial = made(pearl, tasks=8, episodes=4, latent_size=3, input_limit=1e9)
         trial.transitions[..., 0] = torch.arange(81.0)[:, None]
         return agent, trial
 
     @torch.no_grad()
     def test_posterior_is_the_product_of_its_gaussian_factors(self):
         """Against the normalised product of densities on a grid; without a context it is the prior."""
-        agent, _ = self.agent_and_trial()
+        agent, _ = self.made()
         context = (*torch.randn(4, 6, 2, 1), None)
         counts = torch.tensor([6, 4])
         q, z = agent.posterior(context, counts), torch.linspace(-20, 20, 40_001)[:, None, None].double()
@@ -229,7 +224,7 @@ class TestPEARL:
 
     @torch.no_grad()
     def test_actions_are_those_of_a_tanh_gaussian(self):
-        agent, _ = self.agent_and_trial()
+        agent, _ = self.made()
         s, z, noise = torch.randn(50, 1), torch.randn(50, 3), torch.randn(50, 1)
         actions, log_probs = agent.act_with(s, z, noise)
         mean, log_std = agent.actor(torch.cat([s, z], dim=1)).tensor_split(2, dim=1)
@@ -241,10 +236,9 @@ class TestPEARL:
 
     @torch.no_grad()
     def test_experience_ends_with_deaths_but_not_at_the_time_limit_and_context_is_of_prior_episodes(self):
-        agent, trial = self.agent_and_trial()
+        agent, trial = self.made()
         agent.remember(trial)
         trials, rng = agent.replay_trials - 8 + torch.arange(8), np.random.default_rng(0)
-        assert not trial.valid[:40].all() and not trial.valid[40:].all()
         for kind, last in ((0, 40), (1, 80)):
             s, a, r, s_next, died = (part[..., 0] for part in agent.draw(trials, 2000, kind, rng))
             for task in range(8):
@@ -258,7 +252,7 @@ class TestPEARL:
     @torch.no_grad()
     def test_targets_bootstrap_but_for_deaths(self):
         """The loss of Q-functions that are 0 is the mean of y², with y computed transition by transition."""
-        agent, _ = self.agent_and_trial()
+        agent, _ = self.made()
         args = pearl.Args(gamma=0.9, kl_weight=0.5)
         for parameter in agent.q_functions.parameters():
             parameter.zero_()
@@ -283,25 +277,20 @@ class TestPEARL:
         args = pearl.Args(gradient_steps=1, batch_trials=4, batch_steps=4, latent_size=3)
         moved = {"value_loss": {"encoder", "q_functions", "q_targets"}, "policy_loss": {"actor"}}
         for name, expected in (moved | {"temperature_loss": {"log_temperature"}}).items():
-            agent, trial = self.agent_and_trial()
-            losses, before = agent.losses, deepcopy(dict(agent.named_parameters()))
-            agent.losses = lambda *x, name=name, losses=losses: {
-                key: y * (key == name) for key, y in losses(*x).items()
-            }
+            agent, trial = self.made()
+            before, losses = deepcopy(dict(agent.named_parameters())), agent.losses
+            agent.losses = lambda *x, one=name, all=losses: {key: y * (key == one) for key, y in all(*x).items()}
             agent.update(agent.optimizer(args), trial, args, np.random.default_rng(0), 1.0)
             changed = {key.split(".")[0] for key, x in agent.named_parameters() if not torch.equal(x, before[key])}
             assert changed == expected, name
 
     @torch.no_grad()
     def test_z_is_of_the_prior_in_two_episodes_and_then_of_the_posterior(self):
-        agent, _ = self.agent_and_trial()
-        seen, envs, rng = [], copies(Mortal), np.random.default_rng(0)
+        agent, _ = self.made()
+        seen, rngs = [], [np.random.default_rng(0) for _ in range(2)]
         agent.act_with = lambda s, z, noise: (seen.append(z), (0.3 * noise, noise))[1]
-        tasks = envs[0].sample_tasks("train", 8, rng)
-        trial = agent.collect(envs, tasks, 4, rng, explore=True)
-        rng = np.random.default_rng(0)
-        envs[0].sample_tasks("train", 8, rng)
-        expected = torch.from_numpy(rng.standard_normal((4, 8, 3))).float()
+        trial = agent.collect(copies(Mortal), np.zeros((8, 1)), 4, rngs[0], explore=True)
+        expected = torch.from_numpy(rngs[1].standard_normal((4, 8, 3))).float()
         for episode in (2, 3):
             for task in range(8):
                 steps = [t for t in range(20 * episode) if trial.valid[t, task] and t % 20 != 19]
@@ -319,31 +308,18 @@ class TestPEARL:
 
 class TestMAML:
     @staticmethod
-    def agent_and_trial(**flags):
-        envs = copies(Mortal)
-        torch.manual_seed(0)
-        agent = maml.MAML(envs[0], maml.Args(**dict(d_model=4, inner_rate=0.5, episodes_per_trial=4) | flags))
-        with torch.no_grad():
-            agent.policy.weight.mul_(100)  # so that curvature shows
-        return agent, trial_of(envs, agent, tasks=3, episodes=4)
-
-    def halves(self, agent, trial):
-        """θ, and what comes before the inner step and after it, in the agent's precision."""
-        half, dtype = 2 * agent.horizon, agent.log_std.dtype
-        before = agent.experience(trial.transitions[:half], trial.valid[:half])
-        after = agent.experience(trial.transitions[half:-1], trial.valid[half:])
-        before, after = (maml.Experience(*(part.to(dtype) for part in x)) for x in (before, after))
-        return parameters_to_vector(agent.parameters()).detach(), before, after
-
-    def in_float64(self):
-        agent, trial = self.agent_and_trial()
-        theta, before, after = self.halves(agent.double(), trial)
-        return agent, theta, before, after, tuple(x.detach() for x in agent.adapted(theta, before, after.s))
+    def made(precision=torch.double):
+        """Agent, trial, θ, what comes before and after the inner step, and the adapted policies."""
+        curved = functools.partial(made, maml, lambda agent: agent.policy.weight.mul_(100))  # the second order shows
+        agent, trial = curved(tasks=3, episodes=4, inner_rate=0.5, episodes_per_trial=4)
+        halves = [agent.experience(trial.transitions[i : i + 40], trial.valid[i : i + 40]) for i in (0, 40)]
+        before, after = (maml.Experience(*(part.to(precision) for part in half)) for half in halves)
+        theta = parameters_to_vector(agent.to(precision).parameters()).detach()
+        return agent, trial, theta, before, after, [x.detach() for x in agent.adapted(theta, before, after.s)]
 
     @torch.no_grad()
     def test_advantages_are_gae_within_an_episode_with_a_fitted_baseline(self):
-        agent, trial = self.agent_and_trial()
-        _, before, _ = self.halves(agent, trial)
+        agent, trial, _, before, *_ = self.made(torch.float)
         for task in range(3):
             lived, r = trial.valid[:40, task].numpy(), trial.r[:40, task].tolist()
             s, time = agent.normalise(trial.transitions[:40, task])[:, 0].numpy(), np.arange(40) % 20 / 100
@@ -362,8 +338,7 @@ class TestMAML:
 
     def test_an_inner_step_is_one_of_gradient_descent(self):
         """Against torch.optim.SGD on the policy gradient's loss, averaged over the valid steps."""
-        agent, trial = self.agent_and_trial()
-        theta, before, _ = self.halves(agent, trial)
+        agent, trial, theta, before, *_ = self.made(torch.float)
         for task in range(3):
             other, valid = deepcopy(agent), trial.valid[:40, task]
             optimizer = torch.optim.SGD(other.parameters(), lr=0.5)
@@ -376,7 +351,7 @@ class TestMAML:
 
     def test_the_meta_gradient_goes_through_the_inner_step(self):
         """Against central differences in float64, from which the first-order gradient differs."""
-        agent, theta, before, after, old = self.in_float64()
+        agent, _, theta, before, after, old = self.made()
 
         def gain(theta):
             return agent.meta_objective(theta, before, after, old)[0]
@@ -389,7 +364,7 @@ class TestMAML:
         assert (grad(gain)(theta) - gradient).norm() > 0.05 * gradient.norm()
 
     def test_the_products_with_the_kls_hessian_are_those_of_the_dense_one(self):
-        agent, theta, before, after, old = self.in_float64()
+        agent, _, theta, before, after, old = self.made()
         dense = hessian(lambda theta: agent.meta_objective(theta, before, after, old)[1])(theta)
         product = agent.kl_hessian(theta, before, after)
         for v in torch.randn(3, len(theta), dtype=torch.double):
@@ -398,14 +373,10 @@ class TestMAML:
     def test_conjugate_gradient_solves(self):
         root = torch.randn(12, 12, dtype=torch.double)
         matrix, b = root @ root.T + torch.eye(12), torch.randn(12, dtype=torch.double)
-        x = maml.conjugate_gradient(lambda v: matrix @ v, b, 12)
-        close(x, torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-6)
+        close(maml.conjugate_gradient(lambda v: matrix @ v, b, 12), torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-6)
 
     def test_an_outer_step_stays_in_the_trust_region_or_is_not_taken(self):
-        agent, trial = self.agent_and_trial()
-        theta, before, after = self.halves(agent, trial)
-        with torch.no_grad():
-            old = agent.adapted(theta, before, after.s)
+        agent, trial, theta, before, after, old = self.made(torch.float)
         policy = Normal(old[0], old[1].exp()[:, None])
         log_probs = policy.log_prob(after.a).sum(2).T  # acting adapted as the update does: the ratio is 1
         close(log_probs[trial.valid[40:]], trial.log_probs[40:][trial.valid[40:]], rtol=1e-3, atol=1e-3)
