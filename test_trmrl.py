@@ -47,7 +47,7 @@ class Mortal(trmrl.PointMass):
     def step(self, action):
         assert not self.dead, "stepped after its end"
         before = self.velocity[0]
-        velocity, reward, _, truncated, info = super().step(action)
+        velocity, reward, _, truncated, info = super().step(action[:1])  # a second one does nothing
         self.dead = abs(velocity[0]) > 0.6
         self.log.append((before, action[0], reward, self.dead, info["success"]))
         return np.array([np.nan]) if velocity[0] < -0.6 else velocity, reward, self.dead, truncated, info

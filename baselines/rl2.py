@@ -1,5 +1,4 @@
 """RL² (Duan et al. 2016; Wang et al. 2017), the closest baseline (Sec. 5): a GRU in the transformer's place.
-
 Its state is carried through all episodes of a trial. Tasks, trials, PPO, normalisation and meta-tests are trmrl.py's.
 
     python baselines/rl2.py --env HalfCheetahVel     the same flags, where they mean something; the same run folder
@@ -28,6 +27,7 @@ class Args(trmrl.Args):
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
     t_fixup: Suppress[Fixed[bool]] = False
+    own_defaults = {"PointMass": dict(total_timesteps=80_000, minibatch_size=400, learning_rate=4e-3, target_kl=None)}
 
 
 class RL2(trmrl.Agent):
@@ -50,15 +50,15 @@ class RL2(trmrl.Agent):
         A first pass, without gradients, finds the state before each chunk of steps; a second one starts there."""
         eta = transitions[:-1, :, -1].unflatten(0, (-1, self.horizon))  # (E, H, n)
         lived = (eta.cumsum(1) == eta).flatten(0, 1)  # no η in the episode before: (T, n)
-        lived = torch.cat([lived, torch.ones_like(lived[:1])])
+        lived = torch.cat([lived, lived[:1]])  # step 0 was lived, and so is what comes after the trial
         order = (~lived).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others: (T + 1, n)
         steps = transitions.gather(0, order[..., None].expand_as(transitions))
         x = self.embed(steps, torch.cat([torch.zeros_like(steps[:1]), steps[:-1]]))
         with torch.no_grad():
             states, _ = self.layers(x)
         starts = torch.cat([torch.zeros_like(states[:1]), states[self.chunk - 1 : -1 : self.chunk]])  # (chunks, n, d)
-        chunks = nn.utils.rnn.pad_sequence(x.split(self.chunk))  # (chunk, chunks, n, d)
-        states, _ = self.layers(chunks.flatten(1, 2), starts.flatten(0, 1)[None])
+        chunks = nn.utils.rnn.pad_sequence(x.split(self.chunk)).flatten(1, 2)  # (chunk, chunks · n, d)
+        states, _ = self.layers(chunks, starts.flatten(0, 1)[None])
         states = states.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)  # (chunks · chunk, n, d)
         at = lived.cumsum(0)[t, task] - 1, task
         return [x[at], states[at]], []

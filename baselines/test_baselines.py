@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.distributions import Normal
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 from torch.func import grad, hessian
 from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close as close
@@ -21,9 +21,10 @@ def main_of(method):
     return functools.partial(trmrl.main, agent_class=AGENTS[method], args_class=method.Args)
 
 
-def made(method, prepare=lambda agent: None, tasks=6, episodes=2, **flags):
+def made(method, prepare=lambda agent: None, tasks=6, episodes=2, actions=1, **flags):
     """A small agent, the same at each call, prepared, and a trial of it with deaths in both halves."""
     envs = copies(Mortal)
+    envs[0].action_space = trmrl.Box(-1.0, 1.0, (actions,))
     torch.manual_seed(0)
     agent = AGENTS[method](envs[0], method.Args(**dict(d_model=8) | flags))
     with torch.no_grad():
@@ -62,8 +63,7 @@ class TestRL2:
 
     def test_learns_a_toy_task_distribution(self, tmp_path):
         """The point mass reaches unseen hidden velocities; it was trained on two episodes in a row."""
-        flags = "--env PointMass --total-timesteps 80000 --minibatch-size 400 --target-kl None --learning-rate 4e-3"
-        folder = run(tmp_path, *flags.split(), "--init-std", "0.5", main=main_of(rl2))
+        folder = run(tmp_path, "--env", "PointMass", main=main_of(rl2))
         returns = progress(folder)["test_return"].dropna()
         assert returns.iloc[0] < -8 and returns.iloc[-1] > -4.5 and "-RL2-" in folder.name
         assert np.load(folder / "meta_test.npz")["success"][:, :2].mean() > 0.8
@@ -145,9 +145,8 @@ class TestVariBAD:
                 past = self.slow_belief(agent, steps, k - 1, task) if k else (torch.zeros(3), torch.ones(3))
                 ratio, shift = std / past[1], (mean - past[0]) / past[1]
                 divergences.append(0.5 * (ratio**2 + shift**2 - 1 - 2 * ratio.log()).sum())
-                for t in trial.valid[:, task].nonzero()[:, 0]:
-                    if t == 39 or t == 19 or not trial.valid[t + 1, task]:  # the observation after it is not known
-                        continue
+                goes_on = trial.valid[:-1, task] & trial.valid[1:, task] & (torch.arange(39) != 19)
+                for t in goes_on.nonzero()[:, 0]:  # where the observation after it is known
                     s, a, r, _ = agent.normalise(trial.transitions[t, task])
                     s_next = agent.normalise(trial.transitions[t + 1, task])[0]
                     x = torch.cat([mean + 0.7 * std, torch.stack([s, a, s_next])])
@@ -158,11 +157,9 @@ class TestVariBAD:
 
     @torch.no_grad()
     def test_elbo_of_a_few_pairs_is_on_average_that_of_all(self):
-        agent, trial = self.made()
-        rng = np.random.default_rng(0)
-        few, whole = (
-            torch.stack([agent.elbo(*self.lived(trial), rng, pairs)[0] for _ in range(400)]) for pairs in (2, 1000)
-        )
+        (agent, trial), rng = self.made(), np.random.default_rng(0)
+        draws = [[agent.elbo(*self.lived(trial), rng, pairs)[0] for _ in range(400)] for pairs in (2, 1000)]
+        few, whole = torch.tensor(draws)
         assert abs(few.mean() - whole.mean()) < 4 * few.std() / 20 < 0.1 * whole.mean()
 
     @torch.no_grad()
@@ -228,8 +225,7 @@ class TestPEARL:
         s, z, noise = torch.randn(50, 1), torch.randn(50, 3), torch.randn(50, 1)
         actions, log_probs = agent.act_with(s, z, noise)
         mean, log_std = agent.actor(torch.cat([s, z], dim=1)).tensor_split(2, dim=1)
-        normal = Normal(mean, log_std.exp())
-        squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+        squashed = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
         close(actions, torch.tanh(mean + log_std.exp() * noise))
         close(log_probs, squashed.log_prob(actions), rtol=1e-4, atol=1e-4)
         assert torch.isfinite(agent.act_with(s, z, noise + 30)[1]).all()
@@ -311,7 +307,7 @@ class TestMAML:
     def made(precision=torch.double):
         """Agent, trial, θ, what comes before and after the inner step, and the adapted policies."""
         curved = functools.partial(made, maml, lambda agent: agent.policy.weight.mul_(100))  # the second order shows
-        agent, trial = curved(tasks=3, episodes=4, inner_rate=0.5, episodes_per_trial=4)
+        agent, trial = curved(tasks=3, episodes=4, actions=2, inner_rate=0.5, episodes_per_trial=4)
         halves = [agent.experience(trial.transitions[i : i + 40], trial.valid[i : i + 40]) for i in (0, 40)]
         before, after = (maml.Experience(*(part.to(precision) for part in half)) for half in halves)
         theta = parameters_to_vector(agent.to(precision).parameters()).detach()
@@ -377,8 +373,7 @@ class TestMAML:
 
     def test_an_outer_step_stays_in_the_trust_region_or_is_not_taken(self):
         agent, trial, theta, before, after, old = self.made(torch.float)
-        policy = Normal(old[0], old[1].exp()[:, None])
-        log_probs = policy.log_prob(after.a).sum(2).T  # acting adapted as the update does: the ratio is 1
+        log_probs = Normal(old[0], old[1].exp()[:, None]).log_prob(after.a).sum(2).T  # as it acted: the ratio is 1
         close(log_probs[trial.valid[40:]], trial.log_probs[40:][trial.valid[40:]], rtol=1e-3, atol=1e-3)
         start, kl = agent.meta_objective(theta, before, after, old)
         assert abs(kl) < 1e-6
@@ -388,6 +383,11 @@ class TestMAML:
         agent.load_state_dict(moments, strict=False)  # the inputs' scale is as it was
         gain, kl = agent.meta_objective(parameters_to_vector(agent.parameters()), before, after, old)
         assert row["gradient_steps"] == 1 and gain > start and 0.003 < kl <= args.max_kl + 1e-6
+        new = agent.adapted(parameters_to_vector(agent.parameters()), before, after.s)
+        policies = (Normal(mean, log_std.exp()[:, None]) for mean, log_std in (old, new))
+        divergence = kl_divergence(*policies).sum(2)  # over actions
+        of_tasks = [x[valid].mean() for x, valid in zip(divergence, trial.valid[40:].T)]
+        close(kl, torch.stack(of_tasks).mean(), rtol=1e-3, atol=1e-5)
         refused, theirs = deepcopy(agent), [x.clone() for x in agent.parameters()]
         refused.meta_objective = lambda theta, *_: (theta.sum(), torch.tensor(1.0))  # each try is too far
         assert refused.update(optimizer, trial, args, np.random.default_rng(0), 1.0)["gradient_steps"] == 0
