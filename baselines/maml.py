@@ -110,7 +110,7 @@ class MAML(trmrl.Agent):
         s, a, r, _ = trmrl.named(transitions, self.num_observations)
         s = self.normalise(transitions)[..., : self.num_observations]
         r, ok = (x.unflatten(0, (-1, self.horizon)).transpose(0, 1) for x in (r, valid))  # (H, E, n)
-        time = torch.arange(self.horizon, device=r.device).repeat(r.shape[1])[:, None, None] / 100
+        time = torch.arange(self.horizon, device=r.device).repeat(r.shape[1])[:, None, None] / self.horizon
         time = time.expand(*valid.shape, 1)
         features = torch.cat([s, s**2, time, time**2, time**3, torch.ones_like(time)], dim=2)  # (E · H, n, ·)
         returns = self.discounted_sum(r, self.gamma).transpose(0, 1).flatten(0, 1)
@@ -238,7 +238,7 @@ def linear_fit(features: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     fitted where valid (k, n). With later code's 1e-5 for the ridge a short episode would be fitted exactly."""
     x = features.transpose(0, 1).double()  # (n, k, ·)
     xt = (features * valid[..., None]).permute(1, 2, 0).double()
-    ridge = 1.0 * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    ridge = 0.1 * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(xt @ x + ridge, xt @ targets.T[..., None].double())
     return (x @ weights)[..., 0].T.float()
 

@@ -318,10 +318,10 @@ class TestMAML:
         agent, trial, _, before, *_ = self.made(torch.float)
         for task in range(3):
             lived, r = trial.valid[:40, task].numpy(), trial.r[:40, task].tolist()
-            s, time = agent.normalise(trial.transitions[:40, task])[:, 0].numpy(), np.arange(40) % 20 / 100
+            s, time = agent.normalise(trial.transitions[:40, task])[:, 0].numpy(), np.arange(40) % 20 / 20
             x = np.column_stack([s, s**2, time, time**2, time**3, np.ones(40)])
             y = [sum(0.95 ** (i - t) * r[i] for i in range(t, t // 20 * 20 + 20)) for t in range(40)]
-            rows, targets = np.concatenate([x[lived], np.eye(6)]), [*np.array(y)[lived], *np.zeros(6)]  # with a ridge
+            rows, targets = np.concatenate([x[lived], 0.1**0.5 * np.eye(6)]), [*np.array(y)[lived], *np.zeros(6)]
             values = x @ np.linalg.lstsq(rows, targets)[0] * lived
             advantages = np.zeros(41)
             for t in reversed(np.flatnonzero(lived)):

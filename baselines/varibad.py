@@ -52,7 +52,9 @@ class Args(trmrl.Args):
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
     vae_pairs: int = 25  # beliefs drawn from each of these trials, and rewards that each of them must predict
     own_defaults = dict.fromkeys(("AntDir", "ML1-Push", "ML45-Train"), dict(target_kl=0.04))
-    own_defaults["PointMass"] = dict(vae_steps=20, vae_learning_rate=3e-3)
+    own_defaults["PointMass"] = dict(
+        num_tasks=20, total_timesteps=32_000, vae_steps=10, vae_pairs=10, vae_learning_rate=5e-3
+    )
 
 
 class VariBAD(trmrl.Agent):
