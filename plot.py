@@ -227,7 +227,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         axes.set(title=env, xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
         axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
         ends = part.groupby("setting")["x"].max()
-        if ends.max() > 3 * ends.min():  # some methods train for far longer than others
+        if not few and ends.max() > 3 * ends.min():  # some methods train for far longer than others
             axes.set_xscale("log")
     for axes in grid.flat[len(panels) + empty :]:
         axes.remove()

@@ -28,6 +28,7 @@ class Args(trmrl.Args):
     heads: Suppress[Fixed[int]] = 1
     t_fixup: Suppress[Fixed[bool]] = False
     own_defaults = {"PointMass": dict(total_timesteps=80_000, minibatch_size=400, learning_rate=4e-3, target_kl=None)}
+    own_defaults["HalfCheetahVel"] = dict(learning_rate=2e-3, d_model=64)
 
 
 class RL2(trmrl.Agent):
@@ -66,9 +67,8 @@ class RL2(trmrl.Agent):
     @torch.inference_mode()
     def act(self, transitions: Tensor, t: int, alive: Tensor, noise: Tensor, state) -> tuple:
         """One step on from the state: h (1, n, d), and for each task the last step that was lived (n,), at first -1."""
-        n = transitions.shape[1]
-        h, last = state or (torch.zeros(1, n, self.layers.hidden_size), torch.full((n,), -1))
-        previous = transitions[last, torch.arange(n)] * (last >= 0)[:, None]
+        h, last = state or (torch.zeros(1, len(alive), self.layers.hidden_size), torch.full(alive.shape, -1))
+        previous = transitions[last, torch.arange(len(alive))] * (last >= 0)[:, None]
         _, new_h = self.layers(self.embed(transitions[t], previous)[None], h)
         h, last = torch.where(alive[:, None], new_h, h), torch.where(alive, t, last)
         policy, value = self.policy_and_value(h[0])
