@@ -15,7 +15,7 @@ CHECKS = {  # number: its tests in test_trmrl.py, in the order in which they run
     "1": ["TestAgent::test_positions_are_vaswanis"],
     "2": [
         "TestAgent::test_layer_is_eq_1",
-        "TestAgent::test_the_layer_norm_arm_is_torchs_transformer_encoder",
+        "TestAgent::test_the_layer_norm_arm_is_torchs_transformer_layer",
         "TestPPO::test_the_update_is_ppos",
     ],
     "3a": ["TestTrial::test_windows_follow_algorithm_1"],
