@@ -9,7 +9,6 @@ unfinished is left out, with a line that says why. Exit codes: 0; 1 if any was; 
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -78,6 +77,8 @@ def load_run(folder: Path, problems: list[str]) -> Run:
                 files[path.stem] = dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             problems.append(f"{path} is damaged")
+    if args["env"] == "HalfCheetahVel" and "observations" in files.get("meta_test", ()):
+        files["velocities"] = files["meta_test"]["observations"][:, :, 8]  # (tasks, H), of the first episode
     unfinished = progress["env_steps"].iloc[-1] < args["total_timesteps"] or not any(folder.glob("*.npz"))
     return Run(folder, args, files, args["env"], args["method"].replace("RL2", "RL²"), args["seed"], unfinished)
 
@@ -121,11 +122,10 @@ def label_settings(runs: list[Run], ablation: bool = False) -> list[Run]:
     differ within the same environment and method; in an ablation of one method the flags alone. The setting of a method
     that is closest to the defaults has the method's colour; the others have shades, in the order of their values."""
     runs = [replace(run) for run in runs]
-    one_method = len({run.method for run in runs}) == 1
     for run in runs:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
         names = [name_of(flag, run.args.get(flag)) for flag in flags]
-        names = names if ablation and one_method else [run.method, *names]
+        names = names if ablation and len({run.method for run in runs}) == 1 else [run.method, *names]
         run.label = ", ".join([*names, "unfinished"] if run.unfinished else names)
     for method in {run.method for run in runs}:
         members = sorted((run for run in runs if run.method == method), key=Run.changed)
@@ -159,10 +159,6 @@ def ablations(runs: list[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def has_velocities(run: Run) -> bool:
-    return run.env == "HalfCheetahVel" and "observations" in run.files.get("meta_test", ())
-
-
 def median_run(runs: list[Run]) -> Run:
     """Of the first run's setting, the seed in the middle by test return, the lower one of two: it stands for all."""
     same = [run for run in runs if run.setting() == runs[0].setting()]
@@ -183,15 +179,15 @@ def common_steps(curves: pd.DataFrame) -> pd.DataFrame:
     return wide.interpolate("index").bfill().loc[:end].stack().rename("y").reset_index()
 
 
-def learning_curves(runs: list[Run], x: str = "env_steps", unit: float = 1e6) -> pd.DataFrame:
-    """Test success, or else return, over millions of environment steps, or another column."""
+def learning_curves(runs: list[Run]) -> pd.DataFrame:
+    """Test success, or else return, over millions of environment steps."""
     judged_by_success = {run.env for run in runs if run.files["progress"]["test_success"].notna().any()}
     curves = []
     for run in runs:
         column, quantity = ("test_success", SUCCESS) if run.env in judged_by_success else ("test_return", RETURN)
         tests = run.files["progress"].dropna(subset=column)
         scored = replace(run, label=run.label + SCORED.get(run.method, ""))
-        curves.append(curve(scored, quantity, tests[column], tests[x] / unit))
+        curves.append(curve(scored, quantity, tests[column], tests["env_steps"] / 1e6))
     groups = pd.concat(curves).groupby(["env", "quantity", "setting", "colour"], sort=False)
     return groups.apply(common_steps).reset_index()
 
@@ -218,7 +214,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
     """A panel for each environment and quantity, in each a curve a setting with its band; then empty panels."""
     panels = list(table.groupby(["env", "quantity"], sort=False))
     columns, few = min(columns, len(panels) + empty), xlabel in ("episode", "layer")
-    rows = math.ceil((len(panels) + empty) / columns)
+    rows = int(np.ceil((len(panels) + empty) / columns))
     size = 3 * columns + 1.5, 2.4 * rows  # the legend stands beside
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, ((env, quantity), part) in zip(grid.flat, panels):
@@ -236,8 +232,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
     seeds = " or ".join(str(n) for n in sorted(set(table.groupby(["env", "setting"])["seed"].nunique())))
-    caption = "one seed" if seeds == "1" else f"means over {seeds} seeds; 95 % intervals from three seeds on"
-    figure.supxlabel(caption, fontsize="small", color="gray")
+    figure.supxlabel(f"means over {seeds} seeds; 95 % intervals from three seeds on", fontsize="small", color="gray")
     return figure
 
 
@@ -248,10 +243,9 @@ def draw_working_memories(runs: list[Run]) -> plt.Figure:
     memories = run.files["working_memories"]
     centred = memories["embedding"] - memories["embedding"].mean(axis=0)
     _, _, components = np.linalg.svd(centred, full_matrices=False)
-    figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
+    figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d", "title": f"{run.env}, seed {run.seed}"})
     dots = axes.scatter(*components[:3] @ centred.T, c=memories["task"], cmap="viridis", s=4, linewidth=0)
-    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=f"{run.env}, seed {run.seed}")
-    axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
+    axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", xticklabels=[], yticklabels=[], zticklabels=[])
     figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.2)
     return figure
 
@@ -259,12 +253,12 @@ def draw_working_memories(runs: list[Run]) -> plt.Figure:
 def draw_online_adaptation(runs: list[Run]) -> plt.Figure:
     """Fig. 9: rewards in the first episode and, for HalfCheetahVel, velocities in four tasks of the median seed."""
     table = pd.concat([curve(run, REWARD, run.files["meta_test"]["rewards"][:, 0].mean(axis=0)) for run in runs])
-    shown = [run for run in runs if has_velocities(run)]
+    shown = [run for run in runs if "velocities" in run.files]
     figure = draw_curves(table, "step of the first episode", empty=bool(shown))
     if not shown:
         return figure
     run, axes = median_run(shown), figure.axes[-1]
-    targets, velocities = run.files["meta_test"]["tasks"][:, 0], run.files["meta_test"]["observations"][:, :, 8]
+    targets, velocities = run.files["meta_test"]["tasks"][:, 0], run.files["velocities"]
     from_slow_to_fast = np.linspace(0, len(targets) - 1, 4).round().astype(int)
     for colour, task in zip(sns.color_palette("viridis", 4), np.argsort(targets)[from_slow_to_fast]):
         axes.plot(velocities[task], color=colour)  # step 0 is the start
@@ -313,7 +307,7 @@ def open_renderer():
 def save_film(run: Run, renderer, path: Path) -> None:
     """A slow, a middle and a fast target in the first episode of HalfCheetahVel; below, the velocity as it happens."""
     observations, targets = run.files["meta_test"]["observations"], run.files["meta_test"]["tasks"]
-    velocities = observations[:, :, 8]
+    velocities = run.files["velocities"]
     states = np.append(velocities.cumsum(1)[..., None] * renderer.dt, observations, axis=2)  # places are not observed
     near = np.abs(velocities - targets) <= 0.25  # held: for 20 steps
     chosen = targets[:, 0].argsort()[[len(targets) // 10, len(targets) // 2, len(targets) * 9 // 10]]
@@ -356,7 +350,7 @@ def draw_all(runs: list[Run], out: Path, film: bool) -> None:
             figure = draw(members)
             write(out / f"{name}.png", figure.savefig)
             plt.close(figure)
-    shown = [run for run in runs if has_velocities(run)]
+    shown = [run for run in runs if "velocities" in run.files]
     if film and shown and (renderer := open_renderer()):
         write(out / "film.gif", lambda path: save_film(median_run(shown), renderer, path))
         renderer.close()

@@ -479,6 +479,7 @@ class TestMetaTests:
         np.testing.assert_allclose(embedding, agent.phi(agent.normalise(trial.transitions[0:20:5])), 1e-4, 1e-6)
         assert errors["regression_mse"][3] < 1e-5 < errors["regression_mse"][0]
         assert files["attention"]["weights"][0] == pytest.approx(attention, abs=1e-5)
+        assert files["attention"]["weights"].sum(1) == pytest.approx(np.ones(3), rel=1e-5)
 
     def test_learns_a_toy_task_distribution(self, tmp_path):
         """The point mass reaches unseen hidden velocities, which it can only infer from its rewards."""
@@ -519,8 +520,9 @@ class TestEnvironments:
         """Velocities are uniform in [0, 3], OOD in [3, 4]; a batch has as many ants forward as backward (App. B)."""
         env, rng = trmrl.HalfCheetahVel(1), np.random.default_rng(0)
         for split, low, high in (("train", 0, 3), ("test", 0, 3), ("ood", 3, 4)):
-            quantiles = np.quantile(env.sample_tasks(split, 5000, rng), [0, 0.25, 0.5, 0.75, 1])
-            assert quantiles == pytest.approx(np.linspace(low, high, 5), abs=0.1)
+            tasks = env.sample_tasks(split, 5000, rng)
+            quantiles = np.quantile(tasks, [0, 0.25, 0.5, 0.75, 1])
+            assert tasks.shape == (5000, 1) and quantiles == pytest.approx(np.linspace(low, high, 5), abs=0.1)
         for split in trmrl.AntDir.splits:
             angles, counts = np.unique(trmrl.AntDir(1).sample_tasks(split, 20, rng), return_counts=True)
             assert counts.tolist() == [10, 10] and np.cos(angles) == pytest.approx([1, -1])
@@ -565,9 +567,8 @@ class TestEnvironments:
             for env, task in zip(envs, order):
                 env.task = np.array([task])
             starts.append([env.reset(seed=0)[0] for env in envs])
-        first, swapped, again = starts
-        assert not np.array_equal(*first)
-        np.testing.assert_equal([swapped[::-1], again], [first, first])  # a goal is the same in whichever copy
+        assert not np.array_equal(*starts[0])
+        np.testing.assert_equal([starts[1][::-1], starts[2]], [starts[0]] * 2)  # a goal is the same in whichever copy
         assert sum(len(idle) for name, idle in trmrl.MetaWorld.idle.items() if name) == 2  # made for the swap alone
 
 
@@ -735,8 +736,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert ended.returncode == 0 and "processes 2" in ended.stdout, ended.stderr
     one = run(tmp_path / "one", *FOUR, "--env", "Mortal", "--num-tasks", "5")
     torch.testing.assert_close(contents(two), contents(one), rtol=1e-3, atol=1e-4, equal_nan=True)
-    tests = [np.load(folder / "meta_test.npz")["rewards"] for folder in (one, two)]
-    np.testing.assert_allclose(*tests, atol=1e-3)
+    np.testing.assert_allclose(*(np.load(folder / "meta_test.npz")["rewards"] for folder in (one, two)), atol=1e-3)
 
 
 DIES = """

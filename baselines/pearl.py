@@ -57,8 +57,6 @@ class Args(trmrl.Args):
     latent_size: int = 5  # [context] the numbers of z
     context_size: int = 64  # transitions of a trial's first two episodes from which z is inferred in a gradient step
     kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)): the authors' 0.1, whose rewards are 5 times as large
-    own_defaults = {"PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9)}
-    test_episodes: int = 6  # [evaluation] episodes of each task in a meta-test, the third the first that is adapted
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
@@ -71,6 +69,7 @@ class Args(trmrl.Args):
     minibatch_size: Suppress[Fixed[int]] = 1
     target_kl: Suppress[Fixed[None]] = None
     max_grad_norm: Suppress[Fixed[float]] = 1.0
+    own_defaults = {"PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9)}
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -124,7 +123,7 @@ class PEARL(trmrl.Agent):
         s, s_next = (self.normalise(x)[..., : self.num_observations] for x in (now, after))
         return s, a, r[..., None] / std, s_next, eta[..., None]
 
-    # --- The posterior (Sec. 4.1) -------------------------------------------------------------------------------------
+    # --- The posterior (Sec. 4) ---------------------------------------------------------------------------------------
     def posterior(self, context: tuple, counts: Tensor | None = None) -> Normal:
         """q(z | c), with mean and std (B, m), of the first counts (B,), else all, of C transitions of B tasks: the
         product of their Gaussian factors, 1/σ² = Σ 1/σ_n², μ = σ² Σ μ_n/σ_n². Without any it is the prior N(0, I)."""
@@ -192,19 +191,21 @@ class PEARL(trmrl.Agent):
             setattr(self, name, torch.cat([getattr(self, name), new], dim=1)[:, -self.replay_trials :].clone())
 
     def draw(self, trials: Tensor, number: int, kind: int, rng: Generator) -> tuple:
-        """number usable steps, with replacement, of each of the trials (B,); kind 0: of their first two episodes."""
+        """number usable steps of each of the trials (B,), with replacement: kind 0 draws from a trial's first two
+        episodes, kind 1 from all."""
         chances = torch.from_numpy(rng.random((number, len(trials)), dtype=np.float32)).to(trials.device)
         i = (chances * self.replay_counts[kind, trials]).long()
         return self.experience(self.replay, self.replay_order[i, trials].long(), trials)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
         """gradient_steps steps of SAC on the latest trials. Returns columns of progress.csv. Its own are
-        context_kl, the KL of posterior and prior summed over a step's trials, and SAC's temperature and its loss."""
+        context_kl, the KL of posterior and prior summed over a step's trials, and SAC's temperature and its loss.
+        value_loss is the Q-functions' error and the weighted KL."""
         if self.input_count == 1:  # once: what was learned before would be lost on inputs that are scaled anew
             self.count_inputs(trial.transitions[:-1][trial.valid])
         self.remember(trial)
-        reached = {"value_loss": [*self.encoder.parameters(), *self.q_functions.parameters()]}  # by which gradient
-        reached |= {"policy_loss": [*self.actor.parameters()], "temperature_loss": [self.log_temperature]}
+        moved = {"value_loss": [*self.encoder.parameters(), *self.q_functions.parameters()]}  # what each loss moves
+        moved |= {"policy_loss": [*self.actor.parameters()], "temperature_loss": [self.log_temperature]}
         stored = self.replay_counts[0].nonzero()[:, 0]  # trials
         shapes = (args.batch_trials, args.latent_size), (2, args.batch_steps, args.batch_trials, self.num_actions)
         statistics = []
@@ -215,7 +216,7 @@ class PEARL(trmrl.Agent):
             z_noise, noise = (noise.to(trials.device) for noise in noises)
             losses = self.losses(context, batch, z_noise, noise, args)
             optimizer.zero_grad()
-            for name, parameters in reached.items():
+            for name, parameters in moved.items():
                 losses[name].backward(inputs=parameters)
             optimizer.step()
             with torch.no_grad():

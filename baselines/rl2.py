@@ -1,4 +1,5 @@
 """RL² (Duan et al. 2016; Wang et al. 2017), the closest baseline (Sec. 5): a GRU in the transformer's place.
+
 Its state is carried through all episodes of a trial. Tasks, trials, PPO, normalisation and meta-tests are trmrl.py's.
 
     python baselines/rl2.py --env HalfCheetahVel     the same flags, where they mean something; the same run folder
@@ -51,9 +52,8 @@ class RL2(trmrl.Agent):
         A first pass, without gradients, finds the state before each chunk of steps; a second one starts there."""
         eta = transitions[:-1, :, -1].unflatten(0, (-1, self.horizon))  # (E, H, n)
         lived = (eta.cumsum(1) == eta).flatten(0, 1)  # no η in the episode before: (T, n)
-        lived = torch.cat([lived, lived[:1]])  # step 0 was lived, and so is what comes after the trial
-        order = (~lived).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others: (T + 1, n)
-        steps = transitions.gather(0, order[..., None].expand_as(transitions))
+        order = (~lived).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others: (T, n)
+        steps = transitions[:-1].take_along_dim(order[..., None], 0)
         x = self.embed(steps, torch.cat([torch.zeros_like(steps[:1]), steps[:-1]]))
         with torch.no_grad():
             states, _ = self.layers(x)

@@ -38,7 +38,7 @@ class TestRL2:
     @torch.no_grad()
     def test_values_and_policy_are_of_torchs_gru(self):
         """Of acting and of training, against torch.nn.GRUCell over (s, a, r, η of the step before) of lived steps."""
-        agent, trial = made(rl2, lambda agent: setattr(agent, "chunk", 7), tasks=8)  # 41 steps: five chunks, and 6 more
+        agent, trial = made(rl2, lambda agent: setattr(agent, "chunk", 7), tasks=8)  # 40 steps: five chunks, and 5 more
         cell = torch.nn.GRUCell(8, 8)
         cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in agent.layers.state_dict().items()})
         policy, values = agent(trial.transitions, *trial.valid.nonzero(as_tuple=True))

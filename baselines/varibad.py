@@ -51,7 +51,8 @@ class Args(trmrl.Args):
     vae_steps: int = 5  # gradient steps of encoder and decoder in each iteration
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
     vae_pairs: int = 25  # beliefs drawn from each of these trials, and rewards that each of them must predict
-    own_defaults = dict.fromkeys(("AntDir", "ML1-Push", "ML45-Train"), dict(target_kl=0.04))
+    # The KL limit holds in all environments, as an update may have 10 epochs.
+    own_defaults = dict.fromkeys(("AntDir", "ML1-Push", "ML45-Train"), dict(target_kl=trmrl.Args.target_kl))
     own_defaults["PointMass"] = dict(
         num_tasks=20, total_timesteps=32_000, vae_steps=10, vae_pairs=10, vae_learning_rate=5e-3
     )
@@ -99,10 +100,10 @@ class VariBAD(trmrl.Agent):
         return self.q_of(torch.cat([torch.zeros_like(h[:1]), h]))
 
     def elbo(self, steps: Tensor, lived: Tensor, rng: Generator, pairs: int) -> tuple[Tensor, Tensor]:
-        """The two parts of the negative ELBO, as means where the paper has sums: the squared error of the
-        predicted rewards, and KL(q_k ‖ q_k-1), with q_-1 = N(0, I). Of each trial so many beliefs are drawn, and as
-        many rewards, past and future ones, that each belief must predict from a sample of m. The last reward of an
-        episode is never drawn, since the observation after it is not stored."""
+        """The two parts of the negative ELBO, as means where the paper has sums: the squared error of the predicted
+        rewards, and KL(q_k ‖ q_k-1), with q_-1 = N(0, I). From each of the B trials it draws pairs beliefs and pairs
+        rewards, past and future ones. Each belief must predict each of these rewards from a sample of m. The last
+        reward of an episode is never drawn, since the observation after it is not stored."""
         q = self.encode(steps)
         first = torch.zeros_like(q.mean[:1])
         before = torch.cat([first, q.mean[:-1]]), torch.cat([first + 1, q.stddev[:-1]])
