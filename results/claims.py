@@ -24,18 +24,10 @@ import plot  # noqa: E402 (both are in the folder above)
 import trmrl  # noqa: E402
 
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
-CHEETAH = "HalfCheetahVel --heads 4"  # the default when these runs were made
+MAIN = ENVS[0]  # also the flags of its main runs
+CHEETAH = "HalfCheetahVel --heads 4"  # the default when its ablations were made
 CHEETAH_4M = "HalfCheetahVel --total-timesteps 4000000 --heads 4"
-RL2_4M = "HalfCheetahVel --total-timesteps 4000000"
 REACH = "ML1-Reach --total-timesteps 1500000"
-
-
-def main(env: str, script: str = "trmrl") -> str:
-    """The flags of an environment's main runs."""
-    return env if env != "HalfCheetahVel" else CHEETAH_4M if script == "trmrl" else RL2_4M
-
-
-MAIN, RL2_MAIN = main("HalfCheetahVel"), main("HalfCheetahVel", "rl2")
 
 
 def name_of(script: str, flags: str, seed: int) -> str:
@@ -269,7 +261,7 @@ CLAIMS = [
     ),
     Claim(
         "C3", "out of distribution it is far ahead of RL²", "Fig. 6", "OOD return, TrMRL minus RL²",
-        lambda: difference(Run.ood, MAIN, RL2_MAIN, "rl2").above(0),
+        lambda: difference(Run.ood, MAIN, MAIN, "rl2").above(0),
     ),
     Claim(
         "C4", "memories come closer to the last layer's, layer by layer", "Fig. 7", "seeds in which it is so",
@@ -333,14 +325,14 @@ CLAIMS = [
     *(
         Claim(
             "C11", f"it ends above RL² on {env}", "Fig. 4", "episode 1, TrMRL minus RL²",
-            lambda env=env: difference(Run.first, main(env), main(env, "rl2"), "rl2").above(0),
+            lambda env=env: difference(Run.first, env, env, "rl2").above(0),
         )
         for env in ENVS[:4]
     ),
     *(
         Claim(
             "C11", f"it learns faster than RL² on {env}", "Fig. 4", "mean over training, TrMRL minus RL²",
-            lambda env=env: difference(Run.area, main(env), main(env, "rl2"), "rl2").above(0),
+            lambda env=env: difference(Run.area, env, env, "rl2").above(0),
         )
         for env in ENVS[:4]
     ),
@@ -412,7 +404,7 @@ def means_table() -> str:
     """A row for each environment and measure: both methods, the mean over seeds."""
     rows = []
     for env in ENVS:
-        methods = [find(main(env, script), script) for script in ("trmrl", "rl2")]
+        methods = [find(env, script) for script in ("trmrl", "rl2")]
         what = "success" if methods[0][0].by_success else "return"
         for name, measure in ((what, Run.first), ("OOD return", Run.ood))[: 1 + (env == "HalfCheetahVel")]:
             row = {"environment": env, "measure": name}
@@ -443,10 +435,11 @@ def costs_table() -> str:
     rows = []
     for script, method in (("trmrl", "TrMRL"), ("rl2", "RL²")):
         for level in (-60, -45, -30):
-            steps, minutes = zip(*(run.first_reached(level) for run in load(main("HalfCheetahVel", script), script)))
+            steps, minutes = zip(*(run.first_reached(level) for run in load(MAIN, script)))
             row = {"method": method, "return": f"−{-level}", "M steps, median": np.median(steps), "worst": max(steps)}
             row |= {"core-minutes, median": np.median(minutes), "worst ": max(minutes)}
-            rows.append({name: f"{x:.2g}" if isinstance(x, float) else x for name, x in row.items()})
+            shown = {name: f"{x:.2g}" if isinstance(x, float) else x for name, x in row.items()}
+            rows.append({name: "not reached" if x == "inf" else x for name, x in shown.items()})
     return markdown(rows)
 
 
@@ -466,7 +459,7 @@ def write_seeds() -> None:
 
 def draw(film: bool = False) -> None:
     """Every figure from the kept runs, into results/figures."""
-    names = "|".join(name_of(script, main(env, script), 0)[:-3] for script in ("trmrl", "rl2") for env in ENVS)
+    names = "|".join(name_of(script, env, 0)[:-3] for script in ("trmrl", "rl2") for env in ENVS)
     prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (CHEETAH, CHEETAH_4M, REACH)}
     figures = {  # flag: the runs that its figure is drawn from
         "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?-s\d+",

@@ -22,10 +22,8 @@ from claims import (
     KEPT,
     MAIN,
     REACH,
-    RL2_MAIN,
     ROOT,
     draw,
-    main,
     name_of,
     plot,
     probe,
@@ -34,13 +32,13 @@ from claims import (
 from tqdm import tqdm
 
 RL2, SHOWN = "baselines/rl2.py", name_of("trmrl", MAIN, 0)[:-1]  # SHOWN: how the main runs' folders begin
-FIVE, THREE, NEXT = range(13, 18), range(13, 16), range(16, 19)
+FIVE, THREE, NEXT = range(28, 33), range(13, 16), range(16, 19)
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
-    *((script, flags, FIVE, 0.5) for script, flags in (("trmrl.py", MAIN), (RL2, RL2_MAIN))),  # Figs. 4 to 9
+    *((script, MAIN, FIVE, 0.3) for script in ("trmrl.py", RL2)),  # Figs. 4 to 9
     *(("trmrl.py", env, NEXT, 1.4) for env in ("AntDir", "ML1-Push")),
     *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),
     *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", NEXT, 1.0), ("ML1-Reach", THREE, 2.0))),
-    ("trmrl.py", CHEETAH_4M + " --no-t-fixup", THREE, 0.4),  # Fig. 10
+    *(("trmrl.py", CHEETAH_4M + flag, THREE, 0.4) for flag in ("", " --no-t-fixup")),  # Fig. 10
     *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
     ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
     *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
@@ -71,7 +69,7 @@ def make(script: str, flags: str, seed: int) -> None:
         (home / "commit.txt").write_bytes(commit.stdout)
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
-    is_main = flags in [main(env, Path(script).stem) for env in ENVS]
+    is_main = flags in ENVS
     if is_main and not flags.startswith("ML45"):
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
     keep(run, KEPT / name, ["meta_test", "ood"] if is_main else [])
