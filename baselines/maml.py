@@ -7,15 +7,17 @@ order), within a trust region (TRPO, Schulman et al. 2015). At meta-test a gradi
     python baselines/maml.py --env HalfCheetahVel     trmrl.py's flags, where they mean something; the same run folder
 
 MAML's Alg. 3 (its Sec. 3.2) and this file; tasks, trials, normalisation and meta-tests are trmrl.py's.
-Lines 4 and 9      for all tasks                     vmap: all tasks at once
+Lines 1 to 3       θ; iterations; draw tasks         MAML.build; trmrl.train
+Lines 4 and 9      for all tasks                     trmrl.collect_trial when acting, vmap when learning
 Lines 5 and 8      sample trajectories D and D'      MAML.collect, with a Learner
-Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learner and again in MAML.adapted
+Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learner and again in MAML.adapted_policies
 Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO, whose line search stands for β
 
 Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: one episode before and one
-after, of 40 tasks, where it has 20 episodes; advantages by GAE; tanh networks, normalised inputs; exact products with
-the KL's Hessian instead of finite differences; the std has a lower bound, as without noise there is no inner gradient.
-At meta-test the episodes that are adapted from act with noise, too; only the last one acts by the mean.
+after it, where the paper has 20 each, and at meta-test a step after each episode; 2 x 64 tanh units where it has 2 x
+100 of ReLU; advantages by GAE; normalised inputs; a larger trust region; exact products with the KL's Hessian instead
+of finite differences; the std has a lower bound, as without noise there is no inner gradient. It is set after the line
+search. At meta-test the episodes that are adapted from act with noise, too; only the last one acts by the mean.
 """
 
 import math
@@ -96,6 +98,7 @@ class MAML(trmrl.Agent):
         self.hidden = nn.Sequential(nn.Linear(self.num_observations, d), nn.Tanh(), nn.Linear(d, d), nn.Tanh())
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-std at normalised observations; policy_of calls it with parameters other than its own."""
         return self.policy(self.hidden(s)), self.log_std
 
     def policy_of(self, theta: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,7 @@ class MAML(trmrl.Agent):
 
     def experience(self, transitions: Tensor, valid: Tensor) -> Experience:
         """Of whole episodes, transitions (E · H, n, S + A + 2) and valid (E · H, n), with advantages by GAE within each
-        episode, after which nothing comes, and by a linear baseline (Duan et al. 2016) that is fitted to them."""
+        episode, after which nothing comes, and by a linear baseline that is fitted to them (Duan et al., ICML 2016)."""
         s, a, r, _ = trmrl.named(transitions, self.num_observations)
         s = self.normalise(transitions)[..., : self.num_observations]
         r, ok = (x.unflatten(0, (-1, self.horizon)).transpose(0, 1) for x in (r, valid))  # (H, E, n)
@@ -140,6 +143,12 @@ class MAML(trmrl.Agent):
 
         return theta - rate * grad(loss)(theta)
 
+    def adapted_policies(self, theta: Tensor, before: Experience, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The policies that θ gives after one inner step on each task's experience before: means (n, k, A) at s
+        (n, k, S), and log-stds (n, A)."""
+        thetas = vmap(self.adapt, in_dims=(None, 0, None))(theta, before, self.inner_rate)
+        return vmap(self.policy_of)(thetas, s)
+
     def collect(self, envs: list, tasks: np.ndarray, episodes: int, rng: Generator, explore: bool) -> trmrl.Trial:
         learner = Learner(self, every=episodes // 2 if explore else 1, last_by_mean=not explore)
         return trmrl.collect_trial(learner, envs, tasks, episodes, rng, explore=True)
@@ -150,26 +159,20 @@ class MAML(trmrl.Agent):
     def meta_objective(self, theta: Tensor, before: Experience, after: Experience, old: tuple) -> tuple[Tensor, Tensor]:
         """TRPO's objective of the adapted policies (to be maximised) and KL(old ‖ new), means over tasks and steps.
         old holds the adapted policies' means (n, k, A) and log-stds (n, A) where the outer step starts."""
-        new = self.adapted(theta, before, after.s)
+        new = self.adapted_policies(theta, before, after.s)
         old, new = (Normal(mean, log_std.exp()[:, None], validate_args=False) for mean, log_std in (old, new))
         log_ratio = new.log_prob(after.a).sum(2) - old.log_prob(after.a).sum(2)
         gain = (after.weights * after.advantages * log_ratio.exp()).sum(1).mean()
         return gain, (after.weights * kl_divergence(old, new).sum(2)).sum(1).mean()
 
-    def adapted(self, theta: Tensor, before: Experience, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The policies that θ gives after one inner step on each task's experience before: means (n, k, A) at s
-        (n, k, S), and log-stds (n, A)."""
-        thetas = vmap(self.adapt, in_dims=(None, 0, None))(theta, before, self.inner_rate)
-        return vmap(self.policy_of)(thetas, s)
-
     def kl_hessian(self, theta: Tensor, before: Experience, after: Experience):
         """The function v ↦ H v, H the Hessian (P, P) at θ of the mean KL(old ‖ new). There KL and its gradient are 0,
         so that H = Jᵀ M J, with J the derivative of means and log-stds by θ, through the inner step, and M the KL's
         Hessian by these: 1 / σ² and 2."""
-        (_, log_std), pull_back = vjp(lambda theta: self.adapted(theta, before, after.s), theta)
+        (_, log_std), pull_back = vjp(lambda theta: self.adapted_policies(theta, before, after.s), theta)
 
         def product(v: Tensor) -> Tensor:
-            _, (mean, log_std_) = jvp(lambda theta: self.adapted(theta, before, after.s), (theta,), (v,))
+            _, (mean, log_std_) = jvp(lambda theta: self.adapted_policies(theta, before, after.s), (theta,), (v,))
             by_mean = after.weights[..., None] * mean / (2 * log_std).exp()[:, None]
             return pull_back((by_mean / len(mean), 2 * log_std_ / len(mean)))[0]
 
@@ -183,7 +186,7 @@ class MAML(trmrl.Agent):
         before = self.experience(trial.transitions[:half], trial.valid[:half])
         after = self.experience(trial.transitions[half:-1], trial.valid[half:])
         theta = parameters_to_vector(self.parameters())
-        old = self.adapted(theta, before, after.s)
+        old = self.adapted_policies(theta, before, after.s)
         gradient = grad(lambda theta: self.meta_objective(theta, before, after, old)[0])(theta)
         hessian = self.kl_hessian(theta, before, after)
         direction = conjugate_gradient(lambda v: hessian(v) + args.damping * v, gradient, args.cg_steps)
@@ -201,15 +204,17 @@ class MAML(trmrl.Agent):
         self.log_std.clamp_(min=math.log(args.min_std))
         self.count_inputs(trial.transitions[:-1][trial.valid])
         mean, log_std = self.policy_of(theta, after.s)
-        moved = kl_divergence(Normal(old[0], old[1].exp()[:, None]), Normal(mean, log_std.exp())).sum(2)
-        returns = trmrl.episode_results(trial, 2)[0].sum(2).mean(0) / (args.episodes_per_trial / 2)
+        inner_kl = kl_divergence(Normal(old[0], old[1].exp()[:, None]), Normal(mean, log_std.exp())).sum(2)
+        halves = trmrl.episode_results(trial, 2)[0].sum(2).mean(0)  # returns before and after the inner step
+        returns = halves / (args.episodes_per_trial / 2)
         row |= {"entropy": Normal(0.0, old[1].exp()).entropy().sum(1).mean().item()}
-        row |= {"inner_kl": (after.weights * moved).sum(1).mean().item()}
+        row |= {"inner_kl": (after.weights * inner_kl).sum(1).mean().item()}
         return row | {"return_before": returns[0].item(), "return_after": returns[1].item()}
 
 
 class Learner:
-    """What collect_trial acts with: a policy for each task, that takes an inner step after every so many episodes."""
+    """What collect_trial acts with, through act and three sizes: a policy for each task, which takes an inner step
+    after every so many episodes."""
 
     def __init__(self, agent: MAML, every: int, last_by_mean: bool):
         self.agent, self.every, self.last_by_mean = agent, every, last_by_mean
@@ -235,7 +240,7 @@ class Learner:
 
 def linear_fit(features: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """Predictions (k, n) by ridge regression of targets (k, n) on features (k, n, ·), for each of n tasks by itself,
-    fitted where valid (k, n). With later code's 1e-5 for the ridge a short episode would be fitted exactly."""
+    fitted where valid (k, n). With the authors' ridge, 1e-5, a short episode would be fitted exactly."""
     x = features.transpose(0, 1).double()  # (n, k, ·)
     xt = (features * valid[..., None]).permute(1, 2, 0).double()
     ridge = 0.1 * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)

@@ -9,15 +9,19 @@ that is adapted, and evaluations score it.
     python baselines/pearl.py --env HalfCheetahVel     trmrl.py's flags, where they mean something; the same run folder
 
 PEARL's paper and this file; tasks, trials, normalisation and meta-tests are trmrl.py's.
-Sec. 4, q(z | c)         PEARL.posterior     Alg. 1, collecting data into the buffers   Explorer, PEARL.remember
-Sec. 5, SAC with z       PEARL.losses        Alg. 1, the training steps                 PEARL.update
-                                             Alg. 2, meta-testing                       Explorer
+Sec. 4, q(z | c)                             PEARL.posterior
+Sec. 5, SAC with z                           PEARL.losses
+Alg. 1, collecting data into the buffers     PEARL.collect with an Explorer, PEARL.remember
+Alg. 1, the training steps                   PEARL.update
+Alg. 2, meta-testing                         PEARL.collect with an Explorer
 
 As in the authors' code, but unlike Alg. 2, the second episode is not adapted yet, and at meta-test the context holds
 all episodes so far, though training infers z from context_size transitions of a trial's first two episodes.
 Unlike in their code: each iteration draws tasks anew, and the latest trials are the replay buffer, each with a context
-of its own; there is no V network, as targets come from the target Q-functions; the temperature is learned; inputs are
-normalised by the first iteration's moments; the context has s', as in the paper; networks and batches are smaller.
+of its own; a trial's fourth episode, too, acts on a context of all before it; there is no V network, as targets come
+from the target Q-functions; the temperature is learned, and nothing else holds the policy's mean and std back; inputs
+are normalised by the first iteration's moments, and rewards divided by their std; the context has s', as in the paper;
+networks and batches are smaller, gradient steps fewer and longer, and γ is lower. Actions must lie in (-1, 1).
 """
 
 import math
@@ -54,9 +58,9 @@ class Args(trmrl.Args):
     batch_trials: int = 16  # trials in a gradient step, drawn from the latest 500; each counts as a task
     batch_steps: int = 32  # transitions of each of these trials, for policy and Q-functions
     target_rate: float = 0.01  # τ, the share of the way that the target Q-functions go in a gradient step
-    latent_size: int = 5  # [context] the numbers of z
+    latent_size: int = 5  # [context] how many numbers z has
     context_size: int = 64  # transitions of a trial's first two episodes from which z is inferred in a gradient step
-    kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)): the authors' 0.1, whose rewards are 5 times as large
+    kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)); the authors' 0.1 is beside rewards 5 times as large
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
@@ -115,8 +119,8 @@ class PEARL(trmrl.Agent):
 
     def experience(self, transitions: Tensor, t: Tensor, trial: Tensor) -> tuple:
         """s, a, r, s' and η of steps t (C, B) of trials (B,): (C, B, S), (C, B, A), (C, B, 1), (C, B, S), (C, B, 1).
-        s and s' are normalised; after a death s' is not known, and 0 stands for it. r is divided by its std alone: to
-        add to rewards would change what a death costs."""
+        s and s' are normalised; after a death s' is not known, and an observation of zeros stands for it. r is divided
+        by its std alone: to add to rewards would change what a death costs."""
         now, after = transitions[t, trial], transitions[t + 1, trial]
         s, a, r, eta = trmrl.named(now, self.num_observations)
         std = self.input_var[-2].sqrt().clamp(min=self.min_input_std)
@@ -128,8 +132,8 @@ class PEARL(trmrl.Agent):
         """q(z | c), with mean and std (B, m), of the first counts (B,), else all, of C transitions of B tasks: the
         product of their Gaussian factors, 1/σ² = Σ 1/σ_n², μ = σ² Σ μ_n/σ_n². Without any it is the prior N(0, I)."""
         s, a, r, s_next, _ = context
-        mean, x = self.encoder(torch.cat([s, a, r, s_next], dim=2)).chunk(2, dim=2)  # of the factors: (C, B, m)
-        precision = 1 / softplus(x).clamp(min=1e-7)
+        mean, raw_variance = self.encoder(torch.cat([s, a, r, s_next], dim=2)).chunk(2, dim=2)  # (C, B, m)
+        precision = 1 / softplus(raw_variance).clamp(min=1e-7)
         if counts is not None:
             precision = precision * (torch.arange(len(s), device=s.device)[:, None] < counts)[..., None]
         total = precision.sum(0)
@@ -193,8 +197,8 @@ class PEARL(trmrl.Agent):
     def draw(self, trials: Tensor, number: int, kind: int, rng: Generator) -> tuple:
         """number usable steps of each of the trials (B,), with replacement: kind 0 draws from a trial's first two
         episodes, kind 1 from all."""
-        chances = torch.from_numpy(rng.random((number, len(trials)), dtype=np.float32)).to(trials.device)
-        i = (chances * self.replay_counts[kind, trials]).long()
+        uniform = torch.from_numpy(rng.random((number, len(trials)), dtype=np.float32)).to(trials.device)
+        i = (uniform * self.replay_counts[kind, trials]).long()
         return self.experience(self.replay, self.replay_order[i, trials].long(), trials)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
@@ -204,8 +208,8 @@ class PEARL(trmrl.Agent):
         if self.input_count == 1:  # once: what was learned before would be lost on inputs that are scaled anew
             self.count_inputs(trial.transitions[:-1][trial.valid])
         self.remember(trial)
-        moved = {"value_loss": [*self.encoder.parameters(), *self.q_functions.parameters()]}  # what each loss moves
-        moved |= {"policy_loss": [*self.actor.parameters()], "temperature_loss": [self.log_temperature]}
+        learners = {"value_loss": [*self.encoder.parameters(), *self.q_functions.parameters()]}  # by each loss
+        learners |= {"policy_loss": [*self.actor.parameters()], "temperature_loss": [self.log_temperature]}
         stored = self.replay_counts[0].nonzero()[:, 0]  # trials
         shapes = (args.batch_trials, args.latent_size), (2, args.batch_steps, args.batch_trials, self.num_actions)
         statistics = []
@@ -216,7 +220,7 @@ class PEARL(trmrl.Agent):
             z_noise, noise = (noise.to(trials.device) for noise in noises)
             losses = self.losses(context, batch, z_noise, noise, args)
             optimizer.zero_grad()
-            for name, parameters in moved.items():
+            for name, parameters in learners.items():
                 losses[name].backward(inputs=parameters)
             optimizer.step()
             with torch.no_grad():
@@ -231,8 +235,8 @@ class PEARL(trmrl.Agent):
 
 
 class Explorer:
-    """What collect_trial acts with: PEARL with z drawn for each task at each episode's start, from the prior in the
-    first two episodes, later from the posterior that all of the task's episodes so far give (Alg. 2)."""
+    """What collect_trial acts with, through act and three sizes: PEARL with z drawn for each task at each episode's
+    start, from the prior in the first two episodes, later from the posterior that all episodes so far give (Alg. 2)."""
 
     def __init__(self, agent: PEARL, z_noise: np.ndarray):
         self.agent, self.z_noise = agent, torch.from_numpy(z_noise).float()  # (episodes, n, m)

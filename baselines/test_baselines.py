@@ -311,7 +311,7 @@ class TestMAML:
         halves = [agent.experience(trial.transitions[i : i + 40], trial.valid[i : i + 40]) for i in (0, 40)]
         before, after = (maml.Experience(*(part.to(precision) for part in half)) for half in halves)
         theta = parameters_to_vector(agent.to(precision).parameters()).detach()
-        return agent, trial, theta, before, after, [x.detach() for x in agent.adapted(theta, before, after.s)]
+        return agent, trial, theta, before, after, [x.detach() for x in agent.adapted_policies(theta, before, after.s)]
 
     @torch.no_grad()
     def test_advantages_are_gae_within_an_episode_with_a_fitted_baseline(self):
@@ -383,7 +383,7 @@ class TestMAML:
         agent.load_state_dict(moments, strict=False)  # the inputs' scale is as it was
         gain, kl = agent.meta_objective(parameters_to_vector(agent.parameters()), before, after, old)
         assert row["gradient_steps"] == 1 and gain > start and 0.003 < kl <= args.max_kl + 1e-6
-        new = agent.adapted(parameters_to_vector(agent.parameters()), before, after.s)
+        new = agent.adapted_policies(parameters_to_vector(agent.parameters()), before, after.s)
         policies = (Normal(mean, log_std.exp()[:, None]) for mean, log_std in (old, new))
         divergence = kl_divergence(*policies).sum(2)  # over actions
         of_tasks = [x[valid].mean() for x, valid in zip(divergence, trial.valid[40:].T)]

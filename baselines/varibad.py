@@ -5,16 +5,23 @@ a Gaussian q(m | τ_:t) over a latent variable m. Encoder and decoder are traine
 sample of m the decoder must predict all rewards of the trial, past and future. The policy sees the state and the
 belief, so that it can act differently while it is unsure. At meta-test all weights are frozen; the belief adapts.
 
-    python baselines/varibad.py --env HalfCheetahVel     the same flags as trmrl.py's, and the same run folder
+    python baselines/varibad.py --env HalfCheetahVel     trmrl.py's flags, where they mean something; the same folder
 
-VariBAD's paper (its Sec. 3) and this file; tasks, trials, PPO, normalisation and meta-tests are trmrl.py's.
-Approximate inference: encoder q(m | τ_:t)     VariBAD.embed, encode     Training objective           VariBAD.update
-the decoder, of rewards alone                  vae["decoder"]            the policy π(a | s, q)       VariBAD.forward
-ELBO_t, for each t                             VariBAD.elbo              acting, the belief at work   VariBAD.act
+VariBAD's paper (its Sec. 3) and this file; tasks, trials, PPO, normalisation and meta-tests are trmrl.py's. Its r_k+1,
+the reward of step k, is r_k here.
+the encoder q(m | τ_:t)                                  VariBAD.embed, q_of, encode
+the decoder p(r | m, s, a, s'), of rewards alone         VariBAD.vae["decoder"], made in build
+ELBO_t: all rewards, past and future, and the KL         VariBAD.elbo
+the policy π(a | s, q(m | τ_:t)), and a value            VariBAD.forward
+acting, while the belief adapts                          VariBAD.act
+the objective: PPO, then the ELBO over a buffer          VariBAD.update
 
-The belief is carried through all episodes of a trial, as in the paper. Unlike in the authors' code: networks, buffer
-and the number of (t, reward) pairs are smaller; one layer embeds s, a and r together, and the decoder has none; rewards
-are normalised, and kept within input_limit; the policy sees the belief's std instead of its log-variance.
+The belief is carried through all episodes of a trial, as in the paper. As in the authors' code, m decodes rewards
+alone; the first belief is that of a zero state, so that s_0 is not encoded; and the policy's gradient does not reach
+the encoder, so that the objective needs no weight λ. Unlike in their code: networks, buffer and the number of
+(t, reward) pairs are smaller; one layer embeds s, a and r together, and the decoder has none; rewards are normalised,
+and kept within input_limit; the policy sees the belief's std instead of its log-variance; the gradients of encoder and
+decoder are clipped, and their learning rate is annealed; PPO is trmrl.py's, without a bonus for entropy.
 """
 
 import sys
@@ -45,7 +52,7 @@ class Args(trmrl.Args):
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
     t_fixup: Suppress[Fixed[bool]] = False
-    latent_size: int = 5  # [VAE] the numbers of m, the latent variable that stands for the task
+    latent_size: int = 5  # [VAE] how many numbers m has, the latent variable that stands for the task
     kl_weight: float = 0.002  # weight of the KL of successive beliefs; the authors' 0.1 is beside sums of 50 errors
     vae_learning_rate: float = 1e-3  # Adam's learning rate for encoder and decoder
     vae_steps: int = 5  # gradient steps of encoder and decoder in each iteration
@@ -60,7 +67,7 @@ class Args(trmrl.Args):
 
 class VariBAD(trmrl.Agent):
     """Encoder and decoder read a trial without the steps after its deaths. steps (T, B, S + A + 2) has the steps that
-    were lived in front, k = 0, 1, …; lived (T, B) is True there, and False for the rest."""
+    were lived in front, k = 0, 1, …; lived (T, B), a trial's valid in this order, is True there, else False."""
 
     method = "VariBAD"
     refine = None  # there are no memories to analyse
@@ -68,7 +75,7 @@ class VariBAD(trmrl.Agent):
 
     def build(self, args: Args) -> None:
         S, A, d, m = self.num_observations, self.num_actions, args.d_model, args.latent_size
-        hidden = [nn.Linear(m + S + A + S, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()]
+        hidden = [nn.Linear(m + S + A + S, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()]  # of m, s, a and s'
         self.vae = nn.ModuleDict()
         self.vae["embedding"] = nn.Sequential(nn.Linear(S + A + 1, 32), nn.ReLU())
         self.vae["gru"] = nn.GRU(32, d)
@@ -76,7 +83,7 @@ class VariBAD(trmrl.Agent):
         self.vae["decoder"] = nn.Sequential(*hidden, nn.Linear(32, 1))  # p(r | m, s, a, s'), of normalised rewards
         for parameter in self.vae["gru"].parameters():  # as in the authors' code
             nn.init.orthogonal_(parameter) if parameter.dim() == 2 else nn.init.zeros_(parameter)
-        self.actor, self.critic = (
+        self.actor, self.critic = (  # of s and the belief's mean and std
             nn.Sequential(nn.Linear(S + 2 * m, d), nn.Tanh(), nn.Linear(d, d), nn.Tanh()) for _ in range(2)
         )
         T = args.episodes_per_trial * self.horizon
@@ -103,21 +110,22 @@ class VariBAD(trmrl.Agent):
         """The two parts of the negative ELBO, as means where the paper has sums: the squared error of the predicted
         rewards, and KL(q_k ‖ q_k-1), with q_-1 = N(0, I). From each of the B trials it draws pairs beliefs and pairs
         rewards, past and future ones. Each belief must predict each of these rewards from a sample of m. The last
-        reward of an episode is never drawn, since the observation after it is not stored."""
+        reward of an episode is never drawn, since the observation after it is not stored. There is no term for the
+        belief after the last step."""
         q = self.encode(steps)
         first = torch.zeros_like(q.mean[:1])
         before = torch.cat([first, q.mean[:-1]]), torch.cat([first + 1, q.stddev[:-1]])
         before = Normal(*before, validate_args=False)
         kl = kl_divergence(q, before).sum(2)[lived].mean()
         known = lived[1:] & (steps[:-1, :, -1] == 0)  # (T - 1, B): where η is 0, s_k+1 is of the same episode
-        i, j = draw(lived, pairs, rng), draw(known, pairs, rng)
-        noise = torch.from_numpy(rng.standard_normal((*i.shape, q.mean.shape[2]), dtype=np.float32)).to(steps.device)
-        m = q.mean.take_along_dim(i[..., None], 0) + q.stddev.take_along_dim(i[..., None], 0) * noise  # (pairs, B, m)
+        t, i = draw(lived, pairs, rng), draw(known, pairs, rng)  # of ELBO_t, and of the rewards r_i
+        noise = torch.from_numpy(rng.standard_normal((*t.shape, q.mean.shape[2]), dtype=np.float32)).to(steps.device)
+        m = q.mean.take_along_dim(t[..., None], 0) + q.stddev.take_along_dim(t[..., None], 0) * noise  # (pairs, B, m)
         s, a, r, _ = trmrl.named(self.normalise(steps), self.num_observations)
-        facts = torch.cat([s[:-1], a[:-1], s[1:], r[:-1, :, None]], dim=2).take_along_dim(j[..., None], 0)
-        x = torch.cat([x.expand(len(i), len(j), -1, -1) for x in (m[:, None], facts[None, ..., :-1])], dim=3)
-        error = (self.vae["decoder"](x)[..., 0] - facts[..., -1]) ** 2  # (pairs, pairs, B)
-        drawn = lived.take_along_dim(i, 0)[:, None] & known.take_along_dim(j, 0)  # False where there were too few
+        facts = torch.cat([s[:-1], a[:-1], s[1:]], dim=2).take_along_dim(i[..., None], 0)
+        x = torch.cat([x.expand(len(t), len(i), -1, -1) for x in (m[:, None], facts[None])], dim=3)
+        error = (self.vae["decoder"](x)[..., 0] - r[:-1].take_along_dim(i, 0)) ** 2  # (pairs, pairs, B)
+        drawn = lived.take_along_dim(t, 0)[:, None] & known.take_along_dim(i, 0)  # False where there were too few
         return ((error * drawn).sum((0, 1)) / drawn.sum((0, 1)).clamp(min=1)).mean(), kl
 
     def forward(self, rows: Tensor, t: Tensor, task: Tensor) -> tuple[Normal, Tensor]:
@@ -157,9 +165,9 @@ class VariBAD(trmrl.Agent):
         return Adam([{"params": policy}, vae], lr=args.learning_rate, eps=1e-5, fused=True)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """PPO, to which the beliefs are inputs like others: its gradient does not reach the encoder, as in the authors'
-        code. Then vae_steps steps of encoder and decoder on the latest trials. Returns columns of progress.csv; its own
-        are reward_error and belief_kl, the two parts of the ELBO, and belief_std, the beliefs' mean std."""
+        """PPO, to which beliefs are inputs like others: its gradient does not reach the encoder. Then vae_steps steps
+        of encoder and decoder on the latest trials. Returns columns of progress.csv; its own are reward_error and
+        belief_kl, the two parts of the ELBO, and belief_std, the beliefs' mean std."""
         order = (~trial.valid).int().argsort(dim=0, stable=True)  # the steps that were lived, then all others
         steps, lived = trial.transitions[:-1].take_along_dim(order[..., None], 0), trial.valid.take_along_dim(order, 0)
         with torch.no_grad():
@@ -188,8 +196,8 @@ class VariBAD(trmrl.Agent):
 
 def draw(allowed: Tensor, number: int, rng: Generator) -> Tensor:
     """Rows (number, B) where allowed (rows, B) is True, each at most once; if there are too few, others follow them."""
-    chances = torch.from_numpy(rng.random(allowed.shape)).to(allowed.device) + allowed
-    return chances.topk(min(number, len(allowed)), dim=0).indices
+    keys = torch.from_numpy(rng.random(allowed.shape)).to(allowed.device) + allowed
+    return keys.topk(min(number, len(allowed)), dim=0).indices
 
 
 if __name__ == "__main__":

@@ -392,11 +392,13 @@ def rules_table() -> str:
 
 def verdicts(results: list[tuple[str, str]]) -> str:
     count = Counter(verdict for _, verdict in results)
-    failed = "; ".join(claim.text for claim, (_, verdict) in zip(CLAIMS, results) if verdict == "does not hold")
+    failed = [claim.text for claim, (_, verdict) in zip(CLAIMS, results) if verdict == "does not hold"]
+    does = "does" if len(failed) == 1 else "do"
     return (
-        f"Of {len(CLAIMS)} claims of the paper, {count['holds']} hold, {count['does not hold']} do not, "
-        f"{count['open']} stay open with these seeds, and {count['not run']} await their runs. {count['says nothing']} "
-        f"could not have failed, so they say nothing. What does not hold: {failed}.\n"
+        f"Of {len(CLAIMS)} claims of the paper, {count['holds']} hold, {len(failed)} {does} not, "
+        f"{count['open']} stay open with these seeds, and {count['not run']} await their runs. "
+        f"{count['says nothing']} could not have failed, so they say nothing. "
+        f"What does not hold: {'; '.join(failed)}.\n"
     )
 
 
