@@ -1,7 +1,6 @@
 """Draws every figure of the paper that the given runs can give, from the files that trmrl.py wrote.
 
-    python plot.py runs/* [--out DIR]     PNG files into DIR, else figures/
-    python plot.py runs/* --film          the same, and film.gif, which takes a minute
+    python plot.py runs/* [--out DIR] [--film]     PNG files into DIR, else figures/; film.gif takes a minute more
 
 Runs that differ in the seed alone are one setting: a curve is their mean, a band the 95 % interval by Student's t,
 given from three seeds on. Where one run is shown, it is the setting's median seed by test return. What is damaged or
@@ -215,11 +214,13 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
     panels = list(table.groupby(["env", "quantity"], sort=False))
     columns, few = min(columns, len(panels) + empty), xlabel in ("episode", "layer")
     rows = int(np.ceil((len(panels) + empty) / columns))
-    size = 3 * columns + 1.5, 2.4 * rows  # the legend stands beside
+    colours = dict(zip(table["setting"], table["colour"]))
+    above = len(colours) > 8 or max(map(len, colours)) > 24  # else the legend stands beside
+    size = 3 * columns + 1.5, 2.4 * rows + 0.18 * above * len(colours)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, ((env, quantity), part) in zip(grid.flat, panels):
         style = dict(hue="setting", palette=dict(zip(part["setting"], part["colour"])), legend=False, ax=axes)
-        sns.lineplot(part, x="x", y="y", errorbar=interval, marker="o" if few else None, **style)
+        sns.lineplot(part, x="x", y="y", errorbar=interval, marker="o" if few or len(part) < 9 else None, **style)
         axes.set(title=env, xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
         axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
         ends = part.groupby("setting")["x"].max()
@@ -227,12 +228,10 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
             axes.set_xscale("log")
     for axes in grid.flat[len(panels) + empty :]:
         axes.remove()
-    colours = dict(zip(table["setting"], table["colour"]))
-    if len(colours) > 1:
-        handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-        figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    seeds = " or ".join(str(n) for n in sorted(set(table.groupby(["env", "setting"])["seed"].nunique())))
-    figure.supxlabel(f"means over {seeds} seeds; 95 % intervals from three seeds on", fontsize="small", color="gray")
+    handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper left" if above else "outside right upper", frameon=False)
+    seeds = ", ".join(str(n) for n in sorted(set(table.groupby(["env", "setting"])["seed"].nunique())))
+    figure.supxlabel(f"number of seeds: {seeds}; 95 % intervals from three on", fontsize="small", color="gray")
     return figure
 
 

@@ -42,15 +42,16 @@ import trmrl  # noqa: E402 (it is in the folder above)
 
 @dataclass
 class Args(trmrl.Args):
-    """MAML-TRPO: meta-train on a distribution of tasks; at meta-test a gradient step follows each episode."""
+    """MAML-TRPO: meta-train; at meta-test a gradient step follows each episode, and all episodes but the last act with
+    noise. A word in brackets opens a group of flags."""
 
     num_tasks: int = 40  # tasks drawn in each iteration, with one trial of each
     episodes_per_trial: int = 2  # the first half of them is adapted from, the other half follows the inner step
-    d_model: int = 64  # the size of each of the policy's two hidden layers
+    d_model: int = 64  # [model] the size of each of the policy's two hidden layers
     init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
-    min_std: float = 0.3  # lower bound of the std before the inner step
-    total_timesteps: int = 10_000_000  # environment steps of meta-training, rounded up to whole iterations
-    inner_rate: float = 0.1  # [MAML] α, the learning rate of an inner step; at meta-test half of it after the first
+    min_std: float = 0.3  # [MAML] lower bound of the std before the inner step
+    total_timesteps: int = 10_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
+    inner_rate: float = 0.1  # α, the learning rate of an inner step; at meta-test half of it after the first
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     max_kl: float = 0.03  # [TRPO] largest mean KL between the adapted policies before and after an outer step
     cg_steps: int = 10  # steps of the conjugate gradient method
@@ -90,6 +91,8 @@ class MAML(trmrl.Agent):
     def __init__(self, env, args: Args):
         if args.episodes_per_trial % 2:
             raise trmrl.UserError(f"--episodes-per-trial {args.episodes_per_trial}: takes an even number")
+        if args.init_std < args.min_std:
+            raise trmrl.UserError(f"--init-std {args.init_std}: takes at least --min-std {args.min_std}")
         super().__init__(env, args)
         del self.value, self.return_mean, self.return_std  # the baseline is fitted anew to each task's episodes
 

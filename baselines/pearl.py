@@ -45,13 +45,14 @@ import trmrl  # noqa: E402 (it is in the folder above)
 
 @dataclass
 class Args(trmrl.Args):
-    """PEARL: meta-train on a distribution of tasks, then meta-test with frozen weights."""
+    """PEARL: meta-train, then meta-test with frozen weights. A meta-test's first two episodes explore, with z from the
+    prior. The third is adapted: test_return is its return. A word in brackets opens a group of flags."""
 
     num_tasks: int = 10  # tasks drawn in each iteration, with one trial of each
     episodes_per_trial: int = 4  # the first two with z from the prior, the others with z from the posterior
-    d_model: int = 128  # the size of each hidden layer of policy and Q-functions
+    d_model: int = 128  # [model] the size of each hidden layer of policy and Q-functions
     input_limit: float = 10.0  # normalised inputs are clipped to ± this many standard deviations
-    total_timesteps: int = 1_000_000  # environment steps of meta-training, rounded up to whole iterations
+    total_timesteps: int = 1_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
     learning_rate: float = 1e-3  # Adam's learning rate
     gamma: float = 0.97  # discount factor
     gradient_steps: int = 500  # [SAC] gradient steps in each iteration
@@ -95,7 +96,11 @@ class PEARL(trmrl.Agent):
 
     def __init__(self, env, args: Args):
         if distributed.is_torchelastic_launched():
-            raise trmrl.UserError("torchrun: PEARL trains in one process")
+            raise trmrl.UserError("torchrun: PEARL trains in one process, so start it with python")
+        if args.episodes_per_trial <= self.prior_episodes:
+            raise trmrl.UserError(f"--episodes-per-trial {args.episodes_per_trial}: takes 3 or more, the third adapts")
+        if args.target_rate > 1:
+            raise trmrl.UserError(f"--target-rate {args.target_rate}: takes a share, at most 1")
         super().__init__(env, args)
         del self.policy, self.value, self.log_std, self.return_mean, self.return_std  # SAC's are in build
 

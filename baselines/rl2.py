@@ -19,7 +19,7 @@ import trmrl  # noqa: E402 (it is in the folder above)
 
 @dataclass
 class Args(trmrl.Args):
-    """RL²: meta-train on a distribution of tasks, then meta-test with frozen weights."""
+    """RL²: meta-train, then meta-test with frozen weights. A word in brackets opens a group of flags."""
 
     learning_rate: float = 1e-3  # Adam's learning rate
     update_epochs: int = 6  # an update passes over the iteration's trials at most this many times

@@ -42,9 +42,9 @@ import trmrl  # noqa: E402 (it is in the folder above)
 
 @dataclass
 class Args(trmrl.Args):
-    """VariBAD: meta-train on a distribution of tasks, then meta-test with frozen weights."""
+    """VariBAD: meta-train, then meta-test with frozen weights. A word in brackets opens a group of flags."""
 
-    d_model: int = 64  # the size of the encoder's state and of each hidden layer of policy and value
+    d_model: int = 64  # [model] the size of the encoder's state and of each hidden layer of policy and value
     learning_rate: float = 7e-4  # Adam's learning rate for policy and value
     update_epochs: int = 10  # passes of an update over the iteration's trials, fewer if target_kl ends it
     minibatch_size: int = 400  # steps of a minibatch, drawn from all tasks
