@@ -205,7 +205,7 @@ def probed(name: str) -> np.ndarray:
 
 
 def broken(name: str) -> str:
-    return ", ".join(f"{share:.1%}" for share in probed(name).mean(0))
+    return ", ".join(f"{share:.2%}" for share in probed(name).mean(0))
 
 
 def no_effect(interval: Interval) -> tuple[str, str]:
@@ -251,7 +251,7 @@ CLAIMS = [
         "below 30 steps",
     ),
     Claim(
-        "C2", "the return is high from the first episode on", "Fig. 5", "return of episode 1",
+        "C2", "the return is high from the first episode on", "Fig. 5", "return of the first episode",
         lambda: of(Run.first, MAIN).above(-150), "above −150, what the best constant speed returns",
     ),
     Claim(
@@ -312,19 +312,19 @@ CLAIMS = [
     ),
     Claim(
         "C9", "12 layers still end high", "Fig. 12", "final return with L = 12",
-        lambda: of(Run.final, CHEETAH + L(12)).above(-150), "above −150, what the best constant speed returns",
+        lambda: of(Run.final, CHEETAH + L(12)).above(-93), "above −93, what the best constant speed returns there",
     ),
     Claim(
         "C9", "ML1-Reach gains by layers", "Fig. 12", "mean success over training, L = 8 minus 1",
         lambda: difference(Run.area, REACH + L(8), REACH + L(1)).above(0),
     ),
     Claim(
-        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "slope of the mean return, by twice the heads",
+        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "mean return over training, by twice the heads",
         doubled_heads,
     ),
     *(
         Claim(
-            "C11", f"it ends above RL² on {env}", "Fig. 4", "episode 1, TrMRL minus RL²",
+            "C11", f"it ends above RL² on {env}", "Fig. 4", "first episode, TrMRL minus RL²",
             lambda env=env: difference(Run.first, env, env, "rl2").above(0),
         )
         for env in ENVS[:4]
@@ -337,11 +337,11 @@ CLAIMS = [
         for env in ENVS[:4]
     ),
     Claim(
-        "C11", "ML1-Reach is solved", "Fig. 4", "success of episode 1 on held-out goals",
+        "C11", "ML1-Reach is solved", "Fig. 4", "success of the first episode, held-out goals",
         lambda: of(Run.first, "ML1-Reach").above(0.95), "above 0.95",
     ),
     Claim(
-        "C12", "it learns ML45-Train best of all", "Fig. 4", "success of episode 1, TrMRL minus RL²",
+        "C12", "it learns ML45-Train best of all", "Fig. 4", "success of the first episode, TrMRL minus RL²",
         lambda: difference(Run.first, "ML45-Train", "ML45-Train", "rl2").above(0),
     ),
     Claim(
@@ -381,8 +381,8 @@ def judged() -> list[tuple[str, str]]:
 def claims_table(results: list[tuple[str, str]]) -> str:
     rows = []
     for claim, (result, verdict) in zip(CLAIMS, results):
-        row = {"": claim.number, "the paper says": claim.text, "where": claim.place, "measured": claim.measured}
-        rows.append(row | {"result": result, "verdict": verdict})
+        row = {"": claim.number, "the paper says": claim.text, "where in the paper": claim.place}
+        rows.append(row | {"measured": claim.measured, "result": result, "verdict": verdict})
     return markdown(rows)
 
 
