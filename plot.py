@@ -216,7 +216,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
     rows = int(np.ceil((len(panels) + empty) / columns))
     colours = dict(zip(table["setting"], table["colour"]))
     above = len(colours) > 8 or max(map(len, colours)) > 24  # else the legend stands beside
-    size = 3 * columns + 1.5, 2.4 * rows + 0.18 * above * len(colours)
+    size = 3 * columns + 1.5, 2.4 * rows + 0.2 * above * len(colours)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, ((env, quantity), part) in zip(grid.flat, panels):
         style = dict(hue="setting", palette=dict(zip(part["setting"], part["colour"])), legend=False, ax=axes)

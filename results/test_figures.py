@@ -74,7 +74,8 @@ class TestFigures:
         figure = plot.FIGURES["meta_training"][1](plot.load_runs(folders, []))
         (axes,) = figure.axes
         assert axes.get_title() == "HalfCheetahVel" and axes.get_ylabel() == "return of an episode"
-        assert "means over 3 seeds" in figure.get_supxlabel() and not figure.legends
+        assert "number of seeds: 3;" in figure.get_supxlabel()
+        assert [label.get_text() for legend in figure.legends for label in legend.get_texts()] == ["TrMRL"]
         assert axes.lines[0].get_xdata() == pytest.approx(np.array([1, 4, 7, 10]) / 1e4)
         returns = [progress(folder)["test_return"].dropna() for folder in folders]
         assert axes.lines[0].get_ydata() == pytest.approx(np.mean(returns, axis=0))
@@ -90,6 +91,14 @@ class TestFigures:
         late = table.query("seed == 30")
         expected = np.interp(1e6 * late["x"], [130, 430, 730, 1030], progress(reach[1])["test_success"].dropna())
         assert late["y"].to_numpy() == pytest.approx(expected)
+
+    def test_many_settings_leave_the_panels_their_size(self, tmp_path):
+        folders = [fake_run(tmp_path / f"{n}", layers=n, learning_rate=n / 1e4, minibatch_size=n) for n in range(1, 13)]
+        for some in (folders[:1], folders):
+            figure = plot.FIGURES["meta_training"][1](plot.load_runs(some, []))
+            figure.draw_without_rendering()  # lays it out
+            width, height = figure.axes[0].get_position().size * figure.get_size_inches()
+            assert width > 2.2 and height > 1.4  # inches
 
     def test_figure_of_adaptation_shows_what_the_files_hold(self, tmp_path):
         folders = [fake_run(tmp_path / "rl2", method="RL2"), fake_run(tmp_path / "trmrl")]
