@@ -211,8 +211,7 @@ class TestTrial:
             D = buffer[len(buffer) - (N - 1) :] + [transitions[t, 1]]
             windows, filled = trmrl.retrieve(transitions, torch.tensor([t]), torch.tensor([1]), N, 20)
             assert filled[0].tolist() == [slot is not None for slot in D], f"t = {t}"
-            for slot, expected in enumerate(D):
-                assert expected is None or torch.equal(windows[0, slot], expected)
+            assert all(slot is None or torch.equal(window, slot) for window, slot in zip(windows[0], D)), f"t = {t}"
             buffer = buffer + [transitions[t, 1]]
 
     @torch.no_grad()
@@ -231,12 +230,12 @@ class TestTrial:
             for layer in agent.layers:
                 memories, _ = slow_layer(layer, memories)
             policy = torch.distributions.Normal(agent.policy(memories[-1]), agent.log_std.exp())
+            refined, _ = agent.refine(trial.transitions, torch.tensor([t]), torch.tensor([task]))  # as it is trained
+            for layer, slow in ((0, e_0), (-1, memories)):  # first what comes from φ and positions, then from the mask
+                torch.testing.assert_close(refined[layer][0], slow[-1], rtol=1e-4, atol=1e-5, msg=f"e, {t=}, {task=}")
             expected = agent.value(memories[-1]).item() + 0.3, policy.log_prob(trial.transitions[t, task, 1:2]).item()
             acted = trial.values[t, task].item(), trial.log_probs[t, task].item()
-            assert acted == pytest.approx(expected, abs=1e-5), f"t = {t}, task {task}"
-            refined, _ = agent.refine(trial.transitions, torch.tensor([t]), torch.tensor([task]))  # as it is trained
-            for ours, slow in ((refined[0], e_0), (refined[-1], memories)):
-                torch.testing.assert_close(ours[0], slow[-1], rtol=1e-4, atol=1e-5)
+            assert acted == pytest.approx(expected, abs=1e-5), f"value, log-probability, t = {t}, task {task}"
 
     def test_a_trial_is_what_the_environment_did(self):
         """States, actions, rewards, η, success and death, against what each copy of the environment wrote down."""
@@ -246,15 +245,15 @@ class TestTrial:
             for (t,), (s, a, r, dead, success) in zip(trial.valid[:, task].nonzero().tolist(), env.log, strict=True):
                 row = trial.transitions[t, task].tolist()
                 assert [row[0], np.clip(row[1], -1, 1), row[2]] == pytest.approx([s, a, r], abs=1e-6)
-                assert row[3] == ((dead or t % 20 == 19) and t < 39) and trial.success[t, task] == success
+                assert (row[3], trial.success[t, task]) == ((dead or t % 20 == 19) and t < 39, success), f"t = {t}"
         assert 0 < sum(dead for env in envs for *_, dead, _ in env.log) < 24
+        assert len({float(env.task[0]) for env in envs}) == 12, "each task in an environment of its own"
         assert not trial.transitions[:-1][~trial.valid].any()  # nothing happens after a death
         s, a, r, eta = trmrl.named(trial.transitions, 1)
         assert torch.equal(torch.cat([s, a, r[..., None], eta[..., None]], dim=2), trial.transitions)
         assert torch.equal(trial.a, a[:-1]) and torch.equal(trial.r, r[:-1])
         alive = trial.valid[-1] & (trial.transitions[-1, :, 0] != 0)
-        assert alive.any() and not alive.all()
-        assert torch.equal(trial.values[-1] != 0, alive)  # the trial's end is a truncation, a death is not
+        assert 0 < alive.sum() < 12 and torch.equal(trial.values[-1] != 0, alive)  # its end is a truncation, no death
         assert trial.transitions[:, :, 1].abs().max() > 1  # the action that was drawn, not the clipped one
 
     @torch.no_grad()
@@ -280,7 +279,8 @@ class TestTrial:
         agent, envs = make_agent(), copies(Mortal, n=6)
         agent.act = count
         trial = trial_of(envs, agent, tasks=6)
-        assert not trial.valid.all() and torch.equal(trial.values[:-1], trial.valid.cumsum(0).float())
+        assert not trial.valid.all()
+        torch.testing.assert_close(trial.values[:-1], trial.valid.cumsum(0).float())
 
 
 class TestPPO:
