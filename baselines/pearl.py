@@ -61,7 +61,7 @@ class Args(trmrl.Args):
     target_rate: float = 0.01  # τ, the share of the way that the target Q-functions go in a gradient step
     latent_size: int = 5  # [context] how many numbers z has
     context_size: int = 64  # transitions of a trial's first two episodes from which z is inferred in a gradient step
-    kl_weight: float = 0.004  # weight of KL(q(z | c) ‖ N(0, I)); the authors' 0.1 is beside rewards 5 times as large
+    kl_weight: float = 0.0005  # weight of KL(q(z | c) ‖ N(0, I)); the authors' is 0.1, beside rewards 5 times as large
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1

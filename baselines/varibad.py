@@ -55,7 +55,7 @@ class Args(trmrl.Args):
     latent_size: int = 5  # [VAE] how many numbers m has, the latent variable that stands for the task
     kl_weight: float = 0.002  # weight of the KL of successive beliefs; the authors' 0.1 is beside sums of 50 errors
     vae_learning_rate: float = 1e-3  # Adam's learning rate for encoder and decoder
-    vae_steps: int = 5  # gradient steps of encoder and decoder in each iteration
+    vae_steps: int = 20  # gradient steps of encoder and decoder in each iteration
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
     vae_pairs: int = 25  # beliefs drawn from each of these trials, and rewards that each of them must predict
     # The KL limit holds in all environments, as an update may have 10 epochs.
