@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 import plot  # noqa: E402 (both are in the folder above)
 import trmrl  # noqa: E402
 
+METHODS = {"trmrl": "TrMRL", "rl2": "RL²", "varibad": "VariBAD", "pearl": "PEARL", "maml": "MAML"}
+SCORED = {"PEARL": slice(2, None), "MAML": slice(5, None)}  # episodes after adapting; the other methods adapt at once
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
 MAIN = ENVS[0]  # also the flags of its main runs
 CHEETAH = "HalfCheetahVel --heads 4"  # the default when its ablations were made
@@ -90,6 +92,7 @@ class Run:
     def __init__(self, folder: Path):
         run = plot.load_run(folder, [])
         self.name, self.args, self.files = folder.name, run.args, run.files
+        self.scored = SCORED.get(run.method, slice(None))
         table = run.files["progress"].dropna(subset="test_return")
         self.by_success = table["test_success"].notna().any()
         self.tests = table["test_success" if self.by_success else "test_return"].to_numpy()
@@ -106,11 +109,12 @@ class Run:
         return self.tests[0]
 
     def first(self) -> float:
-        return self.episodes()[0]
+        """The first episode that the method is made for."""
+        return self.episodes()[self.scored][0]
 
     def ood(self) -> float:
-        """A single episode out of distribution jumps: the mean of the six."""
-        return self.episodes("ood").mean()
+        """A single episode out of distribution jumps: the mean of all that the method is made for."""
+        return self.episodes("ood")[self.scored].mean()
 
     def final(self) -> float:
         return self.tests[-3:].mean()
@@ -404,19 +408,31 @@ def verdicts(results: list[tuple[str, str]]) -> str:
     )
 
 
+def by_method(env: str, what: str, cell: Callable[[list[Run]], str]) -> dict:
+    """A table's row: what cell makes of each method's runs; empty for a method without any."""
+    found = {method: find(env, script) for script, method in METHODS.items()}
+    return {"environment": env, "": what} | {method: cell(runs) if runs else "" for method, runs in found.items()}
+
+
 def means_table() -> str:
-    """A row for each environment and measure: of both methods the mean over seeds, and the minutes of a run."""
+    """The mean over seeds of each environment, measure and method, and in brackets the number of seeds."""
+
+    def mean(measure: Callable[[Run], float], runs: list[Run]) -> str:
+        return f"{Interval(each(measure, runs), success=runs[0].by_success)} ({len(runs)})"
+
     rows = []
     for env in ENVS:
-        methods = [find(env, script) for script in ("trmrl", "rl2")]
-        what = "success" if methods[0][0].by_success else "return"
-        for name, measure in ((what, Run.first), ("OOD return", Run.ood))[: 1 + (env == "HalfCheetahVel")]:
-            row = {"environment": env, "measure": name, "M steps": f"{methods[0][0].steps[-1]:.0f}"}
-            for method, runs in zip(("TrMRL", "RL²"), methods):
-                row[method] = Interval(each(measure, runs), success=what == "success") if runs else "not run"
-                row |= {f"seeds, {method}": len(runs), f"minutes, {method}": minutes(runs) if runs else ""}
-            rows.append(row)
+        what = "success" if find(env)[0].by_success else "return"
+        rows.append(by_method(env, what, lambda runs: mean(Run.first, runs)))
+        if env == "HalfCheetahVel":
+            rows.append(by_method(env, "OOD return", lambda runs: mean(Run.ood, runs)))
     return markdown(rows)
+
+
+def budgets_table() -> str:
+    """How long a run of each method was."""
+    what, cell = "M steps; minutes", lambda runs: f"{runs[0].steps[-1]:.0f}; {minutes(runs)}"
+    return markdown([by_method(env, what, cell) for env in ENVS])
 
 
 def ablations_table() -> str:
@@ -436,8 +452,8 @@ def ablations_table() -> str:
 
 def costs_table() -> str:
     rows = []
-    for script, method in (("trmrl", "TrMRL"), ("rl2", "RL²")):
-        for level in (-60, -45, -30):
+    for script, method in METHODS.items():
+        for level in (-60, -45, -30) if find(MAIN, script) else ():
             steps, minutes = zip(*(run.first_reached(level) for run in load(MAIN, script)))
             row = {"method": method, "return": f"−{-level}", "M steps, median": np.median(steps), "worst": max(steps)}
             row |= {"core-minutes, median": np.median(minutes), "worst ": max(minutes)}
@@ -462,7 +478,7 @@ def write_seeds() -> None:
 
 def draw(film: bool = False) -> None:
     """Every figure from the kept runs, into results/figures."""
-    names = "|".join(name_of(script, env, 0)[:-3] for script in ("trmrl", "rl2") for env in ENVS)
+    names = "|".join(name_of(script, env, 0)[:-3] for script in METHODS for env in ENVS)
     prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (CHEETAH, CHEETAH_4M, REACH)}
     figures = {  # flag: the runs that its figure is drawn from
         "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?-s\d+",
@@ -489,7 +505,8 @@ def write_tables() -> None:
     """Replaces what stands between <!-- name --> and <!-- end --> in README.md, results/README.md and claims.md."""
     results = judged()
     tables = {"means": means_table(), "claims": claims_table(results), "verdicts": verdicts(results)}
-    tables |= {"rules": rules_table(), "ablations": ablations_table(), "costs": costs_table()}
+    tables |= {"rules": rules_table(), "ablations": ablations_table()}
+    tables |= {"costs": costs_table(), "budgets": budgets_table()}
     for path in (ROOT / "README.md", KEPT.parent / "README.md", KEPT.parent / "claims.md"):
         text = path.read_text()
         for name, table in tables.items():
