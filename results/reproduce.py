@@ -32,9 +32,10 @@ from claims import (
 from tqdm import tqdm
 
 RL2, SHOWN = "baselines/rl2.py", name_of("trmrl", MAIN, 0)[:-1]  # SHOWN: how the main runs' folders begin
-FIVE, THREE, NEXT = range(28, 33), range(13, 16), range(16, 19)
+FIVE, THREE, NEXT, OTHERS = range(28, 33), range(13, 16), range(16, 19), range(23, 26)
 RUNS = [  # script; --env and other flags; seeds; hours of a core a run
     *((script, MAIN, FIVE, 0.3) for script in ("trmrl.py", RL2)),  # Figs. 4 to 9
+    *((f"baselines/{method}.py", MAIN, OTHERS, 0.3) for method in ("varibad", "pearl", "maml")),  # Figs. 4 to 6
     *(("trmrl.py", env, NEXT, 1.4) for env in ("AntDir", "ML1-Push")),
     *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),
     *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", NEXT, 1.0), ("ML1-Reach", THREE, 2.0))),
@@ -76,12 +77,9 @@ def make(script: str, flags: str, seed: int) -> None:
 
 
 def keep(run: Path, kept: Path, tests: list[str]) -> None:
-    """Copies what figures and tables read; refinement.npz comes last: then the run is kept."""
+    """Copies what figures and tables read; args.json comes last: then the run is kept."""
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
-    args = json.loads((run / "args.json").read_text())
-    args["versions"] |= {"commit": (run.parent / "commit.txt").read_text().strip(), "beside": 1}
-    (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     shown = re.fullmatch(SHOWN + r"\d+", kept.name) is not None  # of these show_median leaves but one
     if shown:
         np.savez_compressed(kept / "probe.npz", **probe(run))
@@ -93,6 +91,9 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
             for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
                 arrays[name] = arrays[name].round(2)
             np.savez_compressed(kept / f"{file}.npz", **arrays)
+    args = json.loads((run / "args.json").read_text())
+    args["versions"] |= {"commit": (run.parent / "commit.txt").read_text().strip(), "beside": 1}
+    (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
 
 
 def show_median() -> None:
@@ -114,7 +115,7 @@ def show_median() -> None:
 
 def make_all() -> None:
     jobs = [(script, flags, seed, hours) for script, flags, seeds, hours in RUNS for seed in seeds]
-    jobs = [job for job in jobs if not (KEPT / name_of(*job[:3]) / "refinement.npz").exists()]
+    jobs = [job for job in jobs if not (KEPT / name_of(*job[:3]) / "args.json").exists()]
     with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
         for made in as_completed(hours):
