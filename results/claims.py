@@ -362,7 +362,9 @@ CLAIMS = [
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
 def markdown(rows: list[dict]) -> str:
-    """A table; the keys of the first row name its columns."""
+    """A table; the keys of the first row name its columns. Without rows it is empty."""
+    if not rows:
+        return ""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
@@ -422,7 +424,7 @@ def means_table() -> str:
 
     rows = []
     for env in ENVS:
-        what = "success" if find(env)[0].by_success else "return"
+        what = "success" if env.startswith("ML") else "return"
         rows.append(by_method(env, what, lambda runs: mean(Run.first, runs)))
         if env == "HalfCheetahVel":
             rows.append(by_method(env, "OOD return", lambda runs: mean(Run.ood, runs)))

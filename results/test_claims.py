@@ -1,0 +1,73 @@
+"""claims.py on two tiny runs: tables, verdicts and figures, checked against sums written out here."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import claims  # noqa: E402 (it is beside this file)
+from test_figures import fake_run  # noqa: E402
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    """A repository's results with one run of TrMRL and one of PEARL."""
+    folder = tmp_path / "results" / "runs"
+    for number, (name, method) in enumerate((("trmrl", "TrMRL"), ("pearl", "PEARL"))):
+        run = folder / f"{name}-HalfCheetahVel-s1"
+        fake_run(run, method=method, versions={"commit": "1234567", "beside": 1})
+        rewards = np.random.default_rng(number).normal(size=(5, 6, 200))
+        np.savez(run / "ood.npz", rewards=rewards, tasks=np.zeros((5, 1)))
+        np.savez(run / "meta_test.npz", rewards=2 * rewards, tasks=np.zeros((5, 1)))
+        np.savez(run / "probe.npz", violations=[0.0, 0.25], violations_normalised=[0.0, 0.0], r2_memories=0.9)
+    for file in ("README.md", "results/README.md", "results/claims.md"):
+        (tmp_path / file).write_text((claims.ROOT / file).read_text())
+    monkeypatch.setattr(claims, "KEPT", folder)
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    return folder
+
+
+def test_tables_and_figures_of_two_tiny_runs(kept):
+    claims.draw()
+    claims.write_tables()
+    figures = {path.name for path in (kept.parent / "figures").iterdir()}
+    assert {"meta_training.png", "adaptation.png", "ood.png", "refinement.png"} <= figures
+    readme = (claims.ROOT / "README.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| Half")
+    ]
+    expected = {"return": ("meta_test", slice(0, 1), slice(2, 3)), "OOD return": ("ood", slice(0, 6), slice(2, 6))}
+    for _, what, ours, rl2, varibad, pearls, maml in rows:  # PEARL's third episode is the first that is adapted
+        file, *episodes = expected.pop(what)
+        for cell, name, some in zip((ours, pearls), ("trmrl", "pearl"), episodes):
+            returns = np.load(kept / f"{name}-HalfCheetahVel-s1" / f"{file}.npz")["rewards"].sum(2)[:, some].mean()
+            mean, count = cell.split()
+            assert float(mean) == pytest.approx(returns, rel=0.01) and count == "(1)"
+        assert (rl2, varibad, maml) == ("", "", "")
+    assert not expected
+    assert "| HalfCheetahVel | M steps; minutes | 0; 1 |" in (kept.parent / "claims.md").read_text()
+    seeds = pd.read_csv(kept.parent / "seeds.csv")
+    assert seeds["run"].tolist() == ["pearl-HalfCheetahVel-s1", "trmrl-HalfCheetahVel-s1"]
+    verdicts = {claim.text: verdict for claim, (_, verdict) in zip(claims.CLAIMS, claims.judged())}
+    assert verdicts["the return is high from the first episode on"] == "open"  # one seed decides nothing
+    assert verdicts["Theorem 4.1, with the network's own values"] == "does not hold"
+    assert verdicts["TrMRL ends above RL² on HalfCheetahVel"] == "not run"
+
+
+def test_intervals_are_students_and_welchs():
+    a, b = np.array([1.0, 2.0, 4.0, 9.0]), np.array([0.0, 1.0, 5.0])
+    mean = claims.Interval(a)
+    assert (mean.low, mean.high) == pytest.approx(scipy.stats.t.interval(0.95, 3, a.mean(), scipy.stats.sem(a)))
+    both, (v, w) = claims.Interval(a, b), (a.var(ddof=1) / 4, b.var(ddof=1) / 3)
+    freedom = (v + w) ** 2 / (v**2 / 3 + w**2 / 2)  # Welch and Satterthwaite
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(v + w)
+    assert (both.high - both.mean, both.mean - both.low) == pytest.approx((half, half))
+    assert both.mean == pytest.approx(2.0)
+    assert np.isnan(claims.Interval(a[:2]).low) and np.isnan(claims.Interval(a, b[:2]).low)
+    assert claims.Interval(a).above(-9)[1] == "holds" and claims.Interval(a).above(99)[1] == "does not hold"
+    share = claims.Interval([0.9, 1.0, 1.0], success=True)
+    assert share.high == 1 and 0 <= share.low < 0.9
