@@ -13,11 +13,12 @@ Lines 5 and 8      sample trajectories D and D'      MAML.collect, with a Learne
 Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learner and again in MAML.adapted_policies
 Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO, whose line search stands for β
 
-Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: one episode before and one
-after it, where the paper has 20 each, and at meta-test a step after each episode; 2 x 64 tanh units where it has 2 x
-100 of ReLU; advantages by GAE; normalised inputs; a larger trust region; exact products with the KL's Hessian instead
-of finite differences; the std has a lower bound, as without noise there is no inner gradient. It is set after the line
-search. At meta-test the episodes that are adapted from act with noise, too; only the last one acts by the mean.
+Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: by default that is one
+episode each, where the paper has 20, and at meta-test a step follows each episode; two layers of 64 tanh units, where
+the paper has 100 ReLUs each; advantages by GAE; normalised inputs; a larger trust region; exact products with the KL's
+Hessian instead of finite differences. The std has a lower bound, as without noise there is no inner gradient; it is
+enforced after the line search, so that an outer step may exceed max_kl by it. At meta-test the episodes that are
+adapted from act with noise, too; only the last one acts by the mean.
 """
 
 import math

@@ -323,7 +323,7 @@ CLAIMS = [
         lambda: difference(Run.area, REACH + L(8), REACH + L(1)).above(0),
     ),
     Claim(
-        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "mean return over training, by twice the heads",
+        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "gain in mean return for twice the heads",
         doubled_heads,
     ),
     *(
@@ -403,7 +403,7 @@ def verdicts(results: list[tuple[str, str]]) -> str:
         return "; ".join(claim.text for claim, (_, verdict) in zip(CLAIMS, results) if verdict == wanted)
 
     return (
-        f"Of {len(CLAIMS)} claims of the paper that we checked {count['holds']} hold: {texts('holds')}. "
+        f"Of {len(CLAIMS)} claims of the paper that we checked, {count['holds']} hold: {texts('holds')}. "
         f"{count['does not hold']} failed: {texts('does not hold')}. "
         f"{count['open']} stay open with these seeds, and {count['not run']} await their runs. "
         f"{count['says nothing']} could not have failed, so they say nothing.\n"
@@ -413,7 +413,9 @@ def verdicts(results: list[tuple[str, str]]) -> str:
 def by_method(env: str, what: str, cell: Callable[[list[Run]], str]) -> dict:
     """A table's row: what cell makes of each method's runs; empty for a method without any."""
     found = {method: find(env, script) for script, method in METHODS.items()}
-    return {"environment": env, "": what} | {method: cell(runs) if runs else "" for method, runs in found.items()}
+    return {"environment": env, "measure": what} | {
+        method: cell(runs) if runs else "" for method, runs in found.items()
+    }
 
 
 def means_table() -> str:
@@ -444,7 +446,8 @@ def ablations_table() -> str:
     for flags in sorted(settings, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name)):
         runs = [Run(path) for path in sorted(KEPT.glob(f"trmrl-{flags}-s[0-9]*"))]
         success = runs[0].by_success
-        row = {"setting": re.sub(r"-(?=[a-z])", " ", flags), "seeds": len(runs)}
+        name = re.sub(r"-(?=\d)", " = ", re.sub(r"-(?=[a-z])", " ", flags))
+        row = {"setting": name, "seeds": len(runs)}
         row |= {"final": Interval(each(Run.final, runs), success=success)}
         row |= {"mean over training": Interval(each(Run.area, runs), success=success)}
         row |= {"largest fall": f"{max(each(Run.fall, runs)):.{2 if success else 0}f}", "minutes": minutes(runs)}
