@@ -2,7 +2,7 @@
 
 Meta-training looks for parameters θ from which one step of policy gradient on a task's own episodes gives a good policy
 for that task. The outer step goes along the gradient of the adapted policies' return, through the inner step (second
-order), within a trust region (TRPO, Schulman et al. 2015). At meta-test a gradient step follows each episode.
+order), within a trust region (TRPO, Schulman et al. 2015). At meta-test a smaller step follows each episode.
 
     python baselines/maml.py --env HalfCheetahVel     trmrl.py's flags, where they mean something; the same run folder
 
@@ -13,9 +13,10 @@ Lines 5 and 8      sample trajectories D and D'      MAML.collect, with a Learne
 Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learner and again in MAML.adapted_policies
 Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO, whose line search stands for β
 
-Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: by default that is one
-episode each, where the paper has 20, and at meta-test a step follows each episode; two layers of 64 tanh units, where
-the paper has 100 ReLUs each; advantages by GAE; normalised inputs; a larger trust region; exact products with the KL's
+Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: by default that is four
+episodes each, where the paper has 20; at meta-test a step follows each episode, and four of them go as far as one inner
+step in training, where the authors' code takes whole steps and halves the rate after the first; two layers of 64 tanh
+units, where the paper has 100 ReLUs each; advantages by GAE; normalised inputs; a larger trust region; exact products with the KL's
 Hessian instead of finite differences. The std has a lower bound, as without noise there is no inner gradient; it is
 enforced after the line search, so that an outer step may exceed max_kl by it. At meta-test the episodes that are
 adapted from act with noise, too; only the last one acts by the mean.
@@ -44,15 +45,16 @@ import trmrl  # noqa: E402 (it is in the folder above)
 @dataclass
 class Args(trmrl.Args):
     """MAML-TRPO: meta-train; at meta-test a gradient step follows each episode, and all episodes but the last act with
-    noise. A word in brackets opens a group of flags."""
+    noise. An evaluation during training adapts from as many episodes as training does. A word in brackets opens a group
+    of flags."""
 
-    num_tasks: int = 40  # tasks drawn in each iteration, with one trial of each
-    episodes_per_trial: int = 2  # the first half of them is adapted from, the other half follows the inner step
+    num_tasks: int = 10  # tasks drawn in each iteration, with one trial of each
+    episodes_per_trial: int = 8  # the first half of them is adapted from, the other half follows the inner step
     d_model: int = 64  # [model] the size of each of the policy's two hidden layers
     init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
     min_std: float = 0.3  # [MAML] lower bound of the std before the inner step
     total_timesteps: int = 10_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
-    inner_rate: float = 0.1  # α, the learning rate of an inner step; at meta-test half of it after the first
+    inner_rate: float = 0.1  # α, the learning rate of an inner step; at meta-test it is divided among the episodes
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     max_kl: float = 0.03  # [TRPO] largest mean KL between the adapted policies before and after an outer step
     cg_steps: int = 10  # steps of the conjugate gradient method
@@ -87,13 +89,14 @@ class MAML(trmrl.Agent):
 
     method = "MAML"
     refine = None  # there are no memories to analyse
-    evaluation_episodes = 2
 
     def __init__(self, env, args: Args):
         if args.episodes_per_trial % 2:
             raise trmrl.UserError(f"--episodes-per-trial {args.episodes_per_trial}: takes an even number")
         if args.init_std < args.min_std:
             raise trmrl.UserError(f"--init-std {args.init_std}: takes at least --min-std {args.min_std}")
+        self.episodes_before = args.episodes_per_trial // 2
+        self.evaluation_episodes = self.episodes_before + 1
         super().__init__(env, args)
         del self.value, self.return_mean, self.return_std  # the baseline is fitted anew to each task's episodes
 
@@ -154,7 +157,10 @@ class MAML(trmrl.Agent):
         return vmap(self.policy_of)(thetas, s)
 
     def collect(self, envs: list, tasks: np.ndarray, episodes: int, rng: Generator, explore: bool) -> trmrl.Trial:
-        learner = Learner(self, every=episodes // 2 if explore else 1, last_by_mean=not explore)
+        if explore:
+            learner = Learner(self, self.episodes_before, self.inner_rate, last_by_mean=False)
+        else:
+            learner = Learner(self, 1, self.inner_rate / self.episodes_before, last_by_mean=True)
         return trmrl.collect_trial(learner, envs, tasks, episodes, rng, explore=True)
 
     def optimizer(self, args: Args) -> Optimizer:
@@ -186,7 +192,7 @@ class MAML(trmrl.Agent):
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
         """One outer step (Alg. 3, line 10), by TRPO. Returns columns of progress.csv; its own are inner_kl, from each
         task's adapted policy to the one before, and the returns before and after adapting."""
-        half = args.episodes_per_trial // 2 * self.horizon
+        half = self.episodes_before * self.horizon
         before = self.experience(trial.transitions[:half], trial.valid[:half])
         after = self.experience(trial.transitions[half:-1], trial.valid[half:])
         theta = parameters_to_vector(self.parameters())
@@ -210,7 +216,7 @@ class MAML(trmrl.Agent):
         mean, log_std = self.policy_of(theta, after.s)
         inner_kl = kl_divergence(Normal(old[0], old[1].exp()[:, None]), Normal(mean, log_std.exp())).sum(2)
         halves = trmrl.episode_results(trial, 2)[0].sum(2).mean(0)  # returns before and after the inner step
-        returns = halves / (args.episodes_per_trial / 2)
+        returns = halves / self.episodes_before
         row |= {"entropy": Normal(0.0, old[1].exp()).entropy().sum(1).mean().item()}
         row |= {"inner_kl": (after.weights * inner_kl).sum(1).mean().item()}
         return row | {"return_before": returns[0].item(), "return_after": returns[1].item()}
@@ -220,8 +226,8 @@ class Learner:
     """What collect_trial acts with, through act and three sizes: a policy for each task, which takes an inner step
     after every so many episodes."""
 
-    def __init__(self, agent: MAML, every: int, last_by_mean: bool):
-        self.agent, self.every, self.last_by_mean = agent, every, last_by_mean
+    def __init__(self, agent: MAML, every: int, rate: float, last_by_mean: bool):
+        self.agent, self.every, self.rate, self.last_by_mean = agent, every, rate, last_by_mean
         self.num_observations, self.num_actions, self.horizon = agent.num_observations, agent.num_actions, agent.horizon
 
     @torch.no_grad()
@@ -231,8 +237,7 @@ class Learner:
         thetas, lived = state or (parameters_to_vector(agent.parameters()).expand(len(alive), -1), [])
         if t % steps == 0 and 0 < t < T:
             experience = agent.experience(transitions[t - steps : t], torch.stack(lived[t - steps :]))
-            rate = agent.inner_rate if t == steps else agent.inner_rate / 2
-            thetas = vmap(agent.adapt, in_dims=(0, 0, None))(thetas, experience, rate)
+            thetas = vmap(agent.adapt, in_dims=(0, 0, None))(thetas, experience, self.rate)
         if self.last_by_mean and t >= T - self.horizon:
             noise = torch.zeros_like(noise)
         s = agent.normalise(transitions[t])[:, None, : self.num_observations]
