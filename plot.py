@@ -33,7 +33,7 @@ NOT_A_SETTING = {"seed", "eval_interval", "test_tasks", "test_episodes", "runs_d
 COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_success", "ood_return"]
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 RETURN, SUCCESS, REWARD = "return of an episode", "success rate", "reward of a step"
-SCORED = {"PEARL": ", episode 3", "MAML": ", adapted"}  # in evaluations during training; of the others the first episode
+SCORED = {"PEARL": ", episode 3", "MAML": ", adapted"}  # by evaluations in training; of the others, episode 1
 COLOURS = dict(zip(("TrMRL", "RL²", "VariBAD", "PEARL", "MAML"), sns.color_palette("colorblind").as_hex()))
 plt.switch_backend("Agg")  # there may be no screen
 sns.set_theme("paper", "ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight", "axes.formatter.useoffset": False})

@@ -14,12 +14,12 @@ Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learne
 Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO, whose line search stands for β
 
 Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: by default that is four
-episodes each, where the paper has 20; at meta-test a step follows each episode, and four of them go as far as one inner
-step in training, where the authors' code takes whole steps and halves the rate after the first; two layers of 64 tanh
-units, where the paper has 100 ReLUs each; advantages by GAE; normalised inputs; a larger trust region; exact products with the KL's
-Hessian instead of finite differences. The std has a lower bound, as without noise there is no inner gradient; it is
-enforced after the line search, so that an outer step may exceed max_kl by it. At meta-test the episodes that are
-adapted from act with noise, too; only the last one acts by the mean.
+episodes each, where the paper has 20; two layers of 64 tanh units, where it has 100 ReLUs each; advantages by GAE;
+normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences. The std
+has a lower bound, as without noise there is no inner gradient; it is enforced after the line search, so that an outer
+step may exceed max_kl by it. At meta-test one step follows each episode, at a fourth of the rate, so that four of them
+go as far as training's inner step; the authors' code takes whole steps, and halves the rate after the first. The
+episodes that are adapted from act with noise there, too; only the last one acts by the mean.
 """
 
 import math

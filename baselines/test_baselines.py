@@ -323,8 +323,8 @@ class TestMAML:
             np.testing.assert_allclose(before.weights[task], lived / lived.sum(), rtol=1e-6)
 
     def test_inner_steps_are_those_of_gradient_descent(self):
-        """Against torch.optim.SGD on the policy gradient's loss, averaged over the valid steps: in training after half of
-        the episodes; at meta-test after each one, at a rate so that two go as far, and the last one acts by the mean."""
+        """Against torch.optim.SGD on the policy gradient's loss, averaged over the valid steps. Training has a step
+        after half of the episodes. A meta-test has one after each, at half of the rate; the last acts by the mean."""
         agent, *_ = self.made(torch.float)
         for explore, episodes, steps, rate in ((True, 4, 40, 0.5), (False, 3, 20, 0.25)):
             trial = agent.collect(copies(Mortal), np.zeros((3, 1)), episodes, np.random.default_rng(0), explore)
