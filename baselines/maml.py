@@ -52,7 +52,7 @@ class Args(trmrl.Args):
     episodes_per_trial: int = 8  # the first half of them is adapted from, the other half follows the inner step
     d_model: int = 64  # [model] the size of each of the policy's two hidden layers
     init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
-    min_std: float = 0.3  # [MAML] lower bound of the std before the inner step
+    min_std: float = 0.5  # [MAML] lower bound of the std before the inner step
     total_timesteps: int = 10_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
     inner_rate: float = 0.1  # α, the learning rate of an inner step; at meta-test it is divided among the episodes
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
