@@ -1,15 +1,13 @@
 """The paper's claims, measured on results/runs: python results/claims.py draws figures and writes tables and verdicts.
 
-Each claim below has one measure and one rule. An interval is 95 %, by Student's t over seeds, for a difference Welch's,
-from three seeds on. A verdict is one of: holds, does not hold, open (these seeds cannot tell), not run, and says
-nothing (it could not have failed).
+Each claim, a row of claims.csv, has one measure and one rule. An interval is 95 %, by Student's t over seeds, for a
+difference Welch's, from three seeds on. A verdict is one of: holds, does not hold, open (these seeds cannot tell),
+not run, and says nothing (it could not have failed).
 """
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +130,35 @@ class Run:
         reached = np.append((self.tests >= level).nonzero()[0], -1)[0]
         return (np.inf, np.inf) if reached < 0 else (self.steps[reached], self.minutes[reached])
 
+    def early(self) -> float:
+        """The mean test return, or success, over the first million steps of training."""
+        steps, tests = self.steps[self.steps <= 1.01], self.tests[self.steps <= 1.01]
+        return np.trapezoid(tests, steps) / (steps[-1] - steps[0])
+
+    def later(self) -> float:
+        """What the later episodes of a meta-test add: the sixth minus the first."""
+        return self.episodes()[-1] - self.episodes()[0]
+
+    def representations_converge(self) -> bool:
+        """Whether the representation error of Fig. 7 falls at each layer."""
+        return bool((np.diff(self.files["refinement"]["representation_error"]) < 0).all())
+
+    def actions_emerge(self) -> bool:
+        """Whether the regression error of Fig. 7 falls at each layer."""
+        return bool((np.diff(self.files["refinement"]["regression_mse"]) < 0).all())
+
+    def memories_tell(self) -> float:
+        """R² of a linear model from working memories to the task."""
+        return float(self.files["probe"]["r2_memories"])
+
+    def broken(self) -> np.ndarray:
+        """The share of attentions that break Theorem 4.1, by layer (L,)."""
+        return self.files["probe"]["violations"]
+
+    def broken_normalised(self) -> np.ndarray:
+        """The same, with values normalised as in the theorem's proof."""
+        return self.files["probe"]["violations_normalised"]
+
     def adapted(self) -> float:
         """The step from which the first episode's mean reward stays within 0.1 of its mean over steps 100 to 200."""
         rewards = self.files["meta_test"]["rewards"][:, 0].mean(0)
@@ -139,21 +166,10 @@ class Run:
         return far.nonzero()[0].max(initial=-1) + 1
 
 
-class NotRun(Exception):
-    """A claim's runs are still to be made."""
-
-
-def find(flags: str, script: str = "trmrl") -> list[Run]:
-    """All seeds' runs, so far as there are any."""
+def find(runs: str) -> list[Run]:
+    """All seeds' kept runs of a script's stem and flags, such as "rl2 AntDir"."""
+    script, flags = runs.split(" ", 1)
     return [Run(folder) for folder in sorted(KEPT.glob(name_of(script, flags, 0)[:-1] + "[0-9]*"))]
-
-
-def load(flags: str, script: str = "trmrl") -> list[Run]:
-    """All seeds' runs. Raises NotRun if there is none."""
-    runs = find(flags, script)
-    if not runs:
-        raise NotRun
-    return runs
 
 
 def each(measure: Callable[[Run], float], runs: list[Run]) -> list[float]:
@@ -178,186 +194,51 @@ class Interval:
         mean, low, high = (f"{x:.{2 - (abs(x) >= 10) - (abs(x) >= 100)}f}" for x in (self.mean, self.low, self.high))
         return mean if np.isnan(self.low) else f"{mean} [{low}, {high}]"
 
-    def above(self, limit: float) -> tuple[str, str]:
-        """The interval as text, and the verdict on a claim that it lies above a limit."""
-        return str(self), "holds" if self.low > limit else "does not hold" if self.high < limit else "open"
+
+# --- The verdicts -----------------------------------------------------------------------------------------------------
+def slope(values: list[list[float]]) -> Interval:
+    """How much a number per seed grows from one setting to the next, by linear regression."""
+    settings = [number for number, of_setting in enumerate(values) for _ in of_setting]
+    fit = linregress(settings, np.concatenate(values))
+    result, half = Interval([fit.slope]), t.ppf(0.975, len(settings) - 2) * fit.stderr
+    result.low, result.high = fit.slope - half, fit.slope + half
+    return result
 
 
-def of(measure: Callable[[Run], float], flags: str) -> Interval:
-    runs = load(flags)
-    return Interval(each(measure, runs), success=runs[0].by_success)
+def verdict(number: Interval, rule: str) -> str:
+    """Of a rule such as "above −150" or "within 0.1 of 0", by where the whole interval lies."""
+    kind, limit = rule.split()[:2]
+    limit = float(limit.strip(",").replace("−", "-"))
+    if kind == "above":
+        holds, fails = number.low > limit, number.high < limit
+    elif kind == "below":
+        holds, fails = number.high < limit, number.low > limit
+    else:
+        holds, fails = -limit < number.low and number.high < limit, number.low > 0 or number.high < 0
+    return "holds" if holds else "does not hold" if fails else "open"
 
 
-def difference(measure: Callable[[Run], float], flags: str, other: str, script: str = "trmrl") -> Interval:
-    """TrMRL's flags minus the other flags, or another method's."""
-    return Interval(each(measure, load(flags)), each(measure, load(other, script)))
-
-
-# --- The claims: each measure returns a number with its interval, and the verdict -------------------------------------
-def says_nothing(number: object) -> tuple[str, str]:
-    return str(number), "says nothing"
-
-
-def falling(error: str) -> str:
-    """In how many seeds an error of Fig. 7 falls at each layer."""
-    runs = load(MAIN)
-    return f"{sum((np.diff(run.files['refinement'][error]) < 0).all() for run in runs)} of {len(runs)} seeds"
-
-
-def probed(name: str) -> np.ndarray:
-    return np.array([run.files["probe"][name] for run in load(MAIN)])
-
-
-def broken(name: str) -> str:
-    return ", ".join(f"{share:.2%}" for share in probed(name).mean(0))
-
-
-def no_effect(interval: Interval) -> tuple[str, str]:
-    inside, beside = -0.1 < interval.low and interval.high < 0.1, interval.low > 0 or interval.high < 0
-    return str(interval), "holds" if inside else "does not hold" if beside else "open"
-
-
-def doubled_heads() -> tuple[str, str]:
-    """The slope of the area over the logarithm of the number of heads."""
-    doublings, areas = [], []
-    for doubling, heads in enumerate((1, 2, 4, 8, 16)):
-        runs = load(f"HalfCheetahVel --heads {heads}")
-        doublings += [doubling] * len(runs)
-        areas += each(Run.area, runs)
-    fit = linregress(doublings, areas)
-    slope, half = Interval([fit.slope]), t.ppf(0.975, len(areas) - 2) * fit.stderr
-    slope.low, slope.high = fit.slope - half, fit.slope + half
-    return slope.above(0)
-
-
-@dataclass
-class Claim:
-    number: str
-    text: str  # what the paper says
-    place: str  # where
-    measured: str  # by which number
-    measure: Callable[[], tuple[str, str]]
-    rule: str = "above 0"  # where the number's interval lies if the claim holds
-
-
-def N(n: int) -> str:
-    return f" --memory-length {n}"
-
-
-def L(n: int) -> str:
-    return f" --layers {n}"
-
-
-CLAIMS = [
-    Claim(
-        "C1", "some 20 steps are enough to adapt", "Fig. 9", "the first step from which the reward stays at its level",
-        lambda: (str(of(Run.adapted, MAIN)), of(lambda run: -run.adapted(), MAIN).above(-30)[1]),
-        "below 30 steps",
-    ),
-    Claim(
-        "C2", "the return is high from the first episode on", "Fig. 5", "return of the first episode",
-        lambda: of(Run.first, MAIN).above(-150), "above −150, what the best constant speed returns",
-    ),
-    Claim(
-        "C2", "later episodes add little", "Fig. 5", "episode 6 minus episode 1",
-        lambda: says_nothing(of(lambda run: run.episodes()[-1] - run.first(), MAIN)),
-        "nothing could be added: the memory is emptied at an episode's end",
-    ),
-    Claim(
-        "C3", "out of distribution TrMRL is far ahead of RL²", "Fig. 6", "OOD return, TrMRL minus RL²",
-        lambda: difference(Run.ood, MAIN, MAIN, "rl2").above(0),
-    ),
-    Claim(
-        "C4", "memories come closer to the last layer's, layer by layer", "Fig. 7", "seeds in which it is so",
-        lambda: says_nothing(falling("representation_error")), "untrained networks do it too: each layer adds a little",
-    ),
-    Claim(
-        "C5", "actions can be read better from each further layer", "Fig. 7", "seeds in which it is so",
-        lambda: says_nothing(falling("regression_mse")), "untrained networks do it too; the last layer is exact",
-    ),
-    Claim(
-        "C6", "working memories are ordered by task", "Fig. 8", "R² of a linear model from φ to v*",
-        lambda: says_nothing(Interval(list(probed("r2_memories")))),
-        "φ is linear: the raw transitions give the same R²",
-    ),
-    Claim(
-        "C7", "T-Fixup is decisive on HalfCheetahVel", "Fig. 10", "mean return over training, T-Fixup minus LayerNorm",
-        lambda: difference(Run.area, CHEETAH_4M, CHEETAH_4M + " --no-t-fixup").above(0),
-    ),
-    Claim(
-        "C7", "T-Fixup does not matter on ML1-Reach", "Fig. 10", "mean success over training, T-Fixup minus LayerNorm",
-        lambda: no_effect(difference(Run.area, REACH, REACH + " --no-t-fixup")), "within ± 0.1",
-    ),
-    Claim(
-        "C8", "N = 5 learns faster than N = 1 on HalfCheetahVel", "Fig. 11", "mean return over training, N = 5 minus 1",
-        lambda: says_nothing(difference(Run.area, CHEETAH, CHEETAH + N(1))),
-        "with N = 1 the agent never sees a reward, so it cannot know its task",
-    ),
-    Claim(
-        "C8", "N beyond 5 is slower on HalfCheetahVel", "Fig. 11", "mean return over training, N = 5 minus 50",
-        lambda: difference(Run.area, CHEETAH, CHEETAH + N(50)).above(0),
-    ),
-    Claim(
-        "C8", "N = 1 ends as high as N = 5 on HalfCheetahVel", "App. E.2", "final return, N = 1 minus 5",
-        lambda: says_nothing(difference(Run.final, CHEETAH + N(1), CHEETAH)),
-        "here N = 1 sees no reward; in the authors' code it does",
-    ),
-    Claim(
-        "C8", "ML1-Reach gains by memories up to N = 50", "Fig. 11", "mean success over training, N = 50 minus 5",
-        lambda: difference(Run.area, REACH + N(50), REACH + N(5)).above(0),
-    ),
-    Claim(
-        "C9", "4 layers learn faster than 1 on HalfCheetahVel", "Fig. 12", "mean return over training, L = 4 minus 1",
-        lambda: difference(Run.area, CHEETAH, CHEETAH + L(1)).above(0),
-    ),
-    Claim(
-        "C9", "12 layers learn more slowly than 4", "Fig. 12", "mean return over training, L = 4 minus 12",
-        lambda: difference(Run.area, CHEETAH, CHEETAH + L(12)).above(0),
-    ),
-    Claim(
-        "C9", "12 layers still end high", "Fig. 12", "final return with L = 12",
-        lambda: of(Run.final, CHEETAH + L(12)).above(-93), "above −93, what the best constant speed returns there",
-    ),
-    Claim(
-        "C9", "ML1-Reach gains by layers", "Fig. 12", "mean success over training, L = 8 minus 1",
-        lambda: difference(Run.area, REACH + L(8), REACH + L(1)).above(0),
-    ),
-    Claim(
-        "C10", "more heads help a little on HalfCheetahVel", "Fig. 13", "gain in mean return for twice the heads",
-        doubled_heads,
-    ),
-    *(
-        Claim(
-            "C11", f"TrMRL ends above RL² on {env}", "Fig. 4", "first episode, TrMRL minus RL²",
-            lambda env=env: difference(Run.first, env, env, "rl2").above(0),
-        )
-        for env in ENVS[:4]
-    ),
-    *(
-        Claim(
-            "C11", f"TrMRL learns faster than RL² on {env}", "Fig. 4", "mean over training, TrMRL minus RL²",
-            lambda env=env: difference(Run.area, env, env, "rl2").above(0),
-        )
-        for env in ENVS[:4]
-    ),
-    Claim(
-        "C11", "ML1-Reach is solved", "Fig. 4", "success of the first episode, held-out goals",
-        lambda: of(Run.first, "ML1-Reach").above(0.95), "above 0.95",
-    ),
-    Claim(
-        "C12", "TrMRL learns ML45-Train best of all", "Fig. 4", "success of the first episode, TrMRL minus RL²",
-        lambda: difference(Run.first, "ML45-Train", "ML45-Train", "rl2").above(0),
-    ),
-    Claim(
-        "T", "Theorem 4.1, with values normalised as in its proof", "App. F", "attentions that break it, by layer",
-        lambda: says_nothing(broken("violations_normalised")), "any network fulfils it, by Cauchy and Schwarz",
-    ),
-    Claim(
-        "T", "Theorem 4.1, with the network's own values", "Thm. 4.1", "attentions that break it, by layer",
-        lambda: (broken("violations"), "does not hold" if probed("violations").any() else "open"),
-        "no attention of any seed breaks it",
-    ),
-]  # fmt: skip
+def judge(claim: pd.Series) -> tuple[str, str]:
+    """What was measured of a row of claims.csv, and the verdict. Its runs are those of one setting, from which those of
+    minus are subtracted, or of several settings in a row, each separated by |."""
+    settings = [find(runs) for runs in claim["runs"].split(" | ")]
+    others = find(claim["minus"]) if claim["minus"] else None
+    if not all(settings) or others == []:
+        return "", "not run"
+    values = [[getattr(run, claim["measure"])() for run in runs] for runs in settings]
+    rule, (first, *more) = claim["holds if"], values
+    if isinstance(first[0], bool):
+        return f"{sum(first)} of {len(first)} seeds", "says nothing"
+    if isinstance(first[0], np.ndarray):
+        shown = ", ".join(f"{share:.2%}" for share in np.mean(first, axis=0))
+        return shown, "says nothing" if rule.startswith("says") else "does not hold" if np.any(first) else "open"
+    if more:
+        number = slope(values)
+    elif others:
+        number = Interval(first, minus=[getattr(run, claim["measure"])() for run in others])
+    else:
+        number = Interval(first, success=settings[0][0].by_success)
+    return str(number), "says nothing" if rule.startswith("says") else verdict(number, rule)
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
@@ -373,46 +254,39 @@ def minutes(runs: list[Run]) -> str:
     return f"{np.mean([run.minutes[-1] for run in runs]):.0f}"
 
 
-def judged() -> list[tuple[str, str]]:
-    """For each claim what was measured, and the verdict."""
-    results = []
-    for claim in CLAIMS:
-        try:
-            results.append(claim.measure())
-        except NotRun:
-            results.append(("", "not run"))
-    return results
+def judged() -> pd.DataFrame:
+    """The claims of claims.csv, with what was measured and the verdicts."""
+    claims = pd.read_csv(KEPT.parent / "claims.csv", keep_default_na=False)
+    claims["result"], claims["verdict"] = zip(*(judge(claim) for _, claim in claims.iterrows()))
+    return claims
 
 
-def claims_table(results: list[tuple[str, str]]) -> str:
-    rows = []
-    for claim, (result, verdict) in zip(CLAIMS, results):
-        row = {"": claim.number, "the paper says": claim.text, "where in the paper": claim.place}
-        rows.append(row | {"measured": claim.measured, "result": result, "verdict": verdict})
-    return markdown(rows)
+def claims_table(claims: pd.DataFrame) -> str:
+    return markdown(claims.drop(columns=["measure", "runs", "minus"]).to_dict("records"))
 
 
-def rules_table() -> str:
-    return markdown([{"": c.number, "claim": c.text, "holds if, or says nothing because": c.rule} for c in CLAIMS])
+def with_verdict(claims: pd.DataFrame, verdict: str) -> pd.DataFrame:
+    return claims[claims["verdict"] == verdict]
 
 
-def verdicts(results: list[tuple[str, str]]) -> str:
-    count = Counter(verdict for _, verdict in results)
+def decided_table(claims: pd.DataFrame) -> str:
+    decided = pd.concat([with_verdict(claims, "holds"), with_verdict(claims, "does not hold")])
+    return markdown(decided[["verdict", "claim", "the paper says", "measured", "result"]].to_dict("records"))
 
-    def texts(wanted: str) -> str:
-        return "; ".join(claim.text for claim, (_, verdict) in zip(CLAIMS, results) if verdict == wanted)
 
+def verdicts(claims: pd.DataFrame) -> str:
+    held, failed = (with_verdict(claims, verdict)["the paper says"] for verdict in ("holds", "does not hold"))
+    still_open, missing, empty = (len(with_verdict(claims, v)) for v in ("open", "not run", "says nothing"))
     return (
-        f"Of {len(CLAIMS)} claims of the paper that we checked, {count['holds']} hold: {texts('holds')}. "
-        f"{count['does not hold']} failed: {texts('does not hold')}. "
-        f"{count['open']} stay open with these seeds, and {count['not run']} await their runs. "
-        f"{count['says nothing']} could not have failed, so they say nothing.\n"
+        f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. "
+        f"{len(failed)} do not: {'; '.join(failed)}. {still_open} stay open with these seeds, and {missing} await their "
+        f"runs. {empty} could not have failed, so they say nothing.\n"
     )
 
 
 def by_method(env: str, what: str, cell: Callable[[list[Run]], str]) -> dict:
     """A table's row: what cell makes of each method's runs; empty for a method without any."""
-    found = {method: find(env, script) for script, method in METHODS.items()}
+    found = {method: find(f"{script} {env}") for script, method in METHODS.items()}
     return {"environment": env, "measure": what} | {
         method: cell(runs) if runs else "" for method, runs in found.items()
     }
@@ -458,8 +332,9 @@ def ablations_table() -> str:
 def costs_table() -> str:
     rows = []
     for script, method in METHODS.items():
-        for level in (-60, -45, -30) if find(MAIN, script) else ():
-            steps, minutes = zip(*(run.first_reached(level) for run in load(MAIN, script)))
+        runs = find(f"{script} {MAIN}")
+        for level in (-60, -45, -30) if runs else ():
+            steps, minutes = zip(*(run.first_reached(level) for run in runs))
             row = {"method": method, "return": f"−{-level}", "M steps, median": np.median(steps), "worst": max(steps)}
             row |= {"core-minutes, median": np.median(minutes), "worst ": max(minutes)}
             shown = {name: f"{x:.2g}" if isinstance(x, float) else x for name, x in row.items()}
@@ -508,9 +383,9 @@ def draw(film: bool = False) -> None:
 
 def write_tables() -> None:
     """Replaces what stands between <!-- name --> and <!-- end --> in README.md, results/README.md and claims.md."""
-    results = judged()
-    tables = {"means": means_table(), "claims": claims_table(results), "verdicts": verdicts(results)}
-    tables |= {"rules": rules_table(), "ablations": ablations_table()}
+    claims = judged()
+    tables = {"means": means_table(), "claims": claims_table(claims), "verdicts": verdicts(claims)}
+    tables |= {"decided": decided_table(claims), "ablations": ablations_table()}
     tables |= {"costs": costs_table(), "budgets": budgets_table()}
     for path in (ROOT / "README.md", KEPT.parent / "README.md", KEPT.parent / "claims.md"):
         text = path.read_text()

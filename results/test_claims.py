@@ -24,7 +24,7 @@ def kept(tmp_path, monkeypatch) -> Path:
         np.savez(run / "ood.npz", rewards=rewards, tasks=np.zeros((5, 1)))
         np.savez(run / "meta_test.npz", rewards=2 * rewards, tasks=np.zeros((5, 1)))
         np.savez(run / "probe.npz", violations=[0.0, 0.25], violations_normalised=[0.0, 0.0], r2_memories=0.9)
-    for file in ("README.md", "results/README.md", "results/claims.md"):
+    for file in ("README.md", "results/README.md", "results/claims.md", "results/claims.csv"):
         (tmp_path / file).write_text((claims.ROOT / file).read_text())
     monkeypatch.setattr(claims, "KEPT", folder)
     monkeypatch.setattr(claims, "ROOT", tmp_path)
@@ -52,7 +52,7 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
     assert "| HalfCheetahVel | M steps; minutes | 0; 1 |" in (kept.parent / "claims.md").read_text()
     seeds = pd.read_csv(kept.parent / "seeds.csv")
     assert seeds["run"].tolist() == ["pearl-HalfCheetahVel-s1", "trmrl-HalfCheetahVel-s1"]
-    verdicts = {claim.text: verdict for claim, (_, verdict) in zip(claims.CLAIMS, claims.judged())}
+    verdicts = claims.judged().set_index("the paper says")["verdict"]
     assert verdicts["the return is high from the first episode on"] == "open"  # one seed decides nothing
     assert verdicts["Theorem 4.1, with the network's own values"] == "does not hold"
     assert verdicts["TrMRL ends above RL² on HalfCheetahVel"] == "not run"
@@ -68,6 +68,10 @@ def test_intervals_are_students_and_welchs():
     assert (both.high - both.mean, both.mean - both.low) == pytest.approx((half, half))
     assert both.mean == pytest.approx(2.0)
     assert np.isnan(claims.Interval(a[:2]).low) and np.isnan(claims.Interval(a, b[:2]).low)
-    assert claims.Interval(a).above(-9)[1] == "holds" and claims.Interval(a).above(99)[1] == "does not hold"
+    cases = {"holds": ("above −9, or so", "below 99"), "does not hold": ("below −9", "above 99", "within 0.1 of 0")}
+    number = claims.Interval(a + 9)
+    assert all(claims.verdict(number, rule) == wanted for wanted, rules in cases.items() for rule in rules)
+    assert claims.verdict(number, "above 13") == claims.verdict(claims.Interval(a - 4), "within 1 of 0") == "open"
+    assert claims.verdict(claims.Interval(a - 4), "within 99 of 0") == "holds"
     share = claims.Interval([0.9, 1.0, 1.0], success=True)
     assert share.high == 1 and 0 <= share.low < 0.9
