@@ -279,8 +279,8 @@ def verdicts(claims: pd.DataFrame) -> str:
     still_open, missing, empty = (len(with_verdict(claims, v)) for v in ("open", "not run", "says nothing"))
     return (
         f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. "
-        f"{len(failed)} do not: {'; '.join(failed)}. {still_open} stay open with these seeds, and {missing} await their "
-        f"runs. {empty} could not have failed, so they say nothing.\n"
+        f"{len(failed)} do not: {'; '.join(failed)}. {still_open} stay open with these seeds, and {missing} await "
+        f"their runs. {empty} could not have failed, so they say nothing.\n"
     )
 
 
