@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.stats import linregress, t, ttest_ind
+from scipy.stats import linregress, nct, t, ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "results" / "runs"
 sys.path.insert(0, str(ROOT))
-import plot  # noqa: E402 (both are in the folder above)
-import trmrl  # noqa: E402
+import plot  # noqa: E402 (it is in the folder above)
 
 METHODS = {"trmrl": "TrMRL", "rl2": "RL²", "varibad": "VariBAD", "pearl": "PEARL", "maml": "MAML"}
 SCORED = {"PEARL": slice(2, None), "MAML": slice(5, None)}  # episodes after adapting; the other methods adapt at once
@@ -33,54 +31,6 @@ REACH = "ML1-Reach --total-timesteps 1500000"
 def name_of(script: str, flags: str, seed: int) -> str:
     """A run's folder: trmrl-HalfCheetahVel-layers-8-s13."""
     return "-".join([Path(script).stem, *flags.replace("--", "").split(), f"s{seed}"])
-
-
-# --- What needs the network: C6 and Theorem 4.1 -----------------------------------------------------------------------
-def r_squared(features: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> float:
-    """Of a linear model of the targets, fitted where fitted is True, on the others."""
-    features = np.column_stack([features, np.ones(len(features))])
-    weights = np.linalg.lstsq(features[fitted], targets[fitted])[0]
-    errors = targets[~fitted] - features[~fitted] @ weights
-    return 1 - np.square(errors).mean() / targets[~fitted].var()
-
-
-def risks(alpha: torch.Tensor, values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Bayes risks (..., C) of candidates (..., C, d): the α-weighted mean (..., N) of - cos(candidate, value_t)."""
-    cosines = torch.nn.functional.cosine_similarity(candidates[..., :, None, :], values[..., None, :, :], dim=-1)
-    return -(cosines * alpha[..., None, :]).sum(-1)
-
-
-def violations(alpha: torch.Tensor, values: torch.Tensor) -> float:
-    """How often, of all attentions α (..., N), a single value (..., N, d) has a smaller risk than their consensus."""
-    consensus = risks(alpha, values, (alpha[..., None, :] @ values))
-    return (risks(alpha, values, values).amin(-1) < consensus[..., 0] - 1e-5).float().mean().item()
-
-
-@torch.no_grad()
-def probe(run: Path) -> dict[str, np.ndarray]:
-    """C6: R² of linear models from φ, and from raw transitions, to v*. T: violations of Theorem 4.1 by layer.
-    Both on 60 unseen tasks, their first episodes by mean actions; the models are fitted on the first 40 tasks."""
-    agent, envs, args = trmrl.load(run, test_tasks=60)
-    rng = trmrl.random_stream(args.seed, "refinement")
-    tasks = envs[0].sample_tasks("test", 60, rng)
-    trial = trmrl.collect_trial(agent, envs, tasks, 1, rng, explore=False)
-    steps, task = trial.valid.nonzero(as_tuple=True)
-    full = steps >= args.memory_length - 1  # where no PAD is in sight
-    steps, task = steps[full], task[full]
-    projected = []
-    hooks = [layer.value.register_forward_hook(lambda *call: projected.append(call[2])) for layer in agent.layers]
-    _, attention = agent.refine(trial.transitions, steps, task)
-    for hook in hooks:
-        hook.remove()
-    transitions = agent.normalise(trial.transitions[steps, task])
-    result = {"violations": [], "violations_normalised": []}
-    for alpha, values in zip(attention, projected):
-        values = values.unflatten(2, (args.heads, -1)).transpose(1, 2)  # (B, ω, N, d/ω)
-        result["violations"].append(violations(alpha, values))
-        result["violations_normalised"].append(violations(alpha, torch.nn.functional.normalize(values, dim=-1)))
-    for name, features in (("r2_memories", agent.phi(transitions)), ("r2_raw", trial.transitions[steps, task])):
-        result[name] = r_squared(features.numpy().astype(float), tasks[task, 0], (task < 40).numpy())
-    return {name: np.array(value) for name, value in result.items()}
 
 
 # --- Runs, measures, intervals ----------------------------------------------------------------------------------------
@@ -205,17 +155,29 @@ def slope(values: list[list[float]]) -> Interval:
     return result
 
 
-def verdict(number: Interval, rule: str) -> str:
-    """Of a rule such as "above −150" or "within 0.1 of 0", by where the whole interval lies."""
+def verdict(number: Interval, rule: str, effect: float) -> str:
+    """Of a rule such as "above −150" or "within 0.1 of 0", by where the whole interval lies. A claim that a difference
+    is above 0 does not hold either if the difference is smaller than the effect."""
     kind, limit = rule.split()[:2]
     limit = float(limit.strip(",").replace("−", "-"))
     if kind == "above":
-        holds, fails = number.low > limit, number.high < limit
+        holds, fails = number.low > limit, number.high < (limit or effect)
     elif kind == "below":
         holds, fails = number.high < limit, number.low > limit
     else:
         holds, fails = -limit < number.low and number.high < limit, number.low > 0 or number.high < 0
-    return "holds" if holds else "does not hold" if fails else "open"
+    return "does not hold" if fails else "holds" if holds else "open"
+
+
+def seeds_needed(effect: float, spread: float, groups: int, within: bool = False) -> int | str:
+    """The smallest number of seeds of each of groups settings with which an interval shows the effect, or shows that it
+    is within ± the effect if it is 0, with probability 0.8. The spread is the standard deviation between seeds."""
+    for n in range(3, 101):
+        freedom = groups * (n - 1)
+        shown = nct.sf(t.ppf(0.975, freedom), freedom, effect / (spread * np.sqrt(groups / n)))
+        if shown >= (0.9 if within else 0.8):  # both ends must be within: each fails at most once in ten times
+            return n
+    return "over 100"
 
 
 def judge(claim: pd.Series) -> tuple[str, str]:
@@ -238,7 +200,7 @@ def judge(claim: pd.Series) -> tuple[str, str]:
         number = Interval(first, minus=[getattr(run, claim["measure"])() for run in others])
     else:
         number = Interval(first, success=settings[0][0].by_success)
-    return str(number), "says nothing" if rule.startswith("says") else verdict(number, rule)
+    return str(number), "says nothing" if rule.startswith("says") else verdict(number, rule, float(claim["effect"]))
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
@@ -262,7 +224,18 @@ def judged() -> pd.DataFrame:
 
 
 def claims_table(claims: pd.DataFrame) -> str:
-    return markdown(claims.drop(columns=["measure", "runs", "minus"]).to_dict("records"))
+    unseen = ["measure", "runs", "minus", "effect", "spread"]
+    return markdown(claims.drop(columns=unseen).to_dict("records"))
+
+
+def seeds_table(claims: pd.DataFrame) -> str:
+    rows = []
+    for _, claim in claims[claims["effect"] != ""].iterrows():
+        row = {"": claim["claim"], "claim": claim["the paper says"]}
+        row |= {name: claim[name] for name in ("effect", "spread")}
+        groups, within = 2 if claim["minus"] else 1, claim["holds if"].startswith("within")
+        rows.append(row | {"seeds": seeds_needed(float(row["effect"]), float(row["spread"]), groups, within)})
+    return markdown(rows)
 
 
 def with_verdict(claims: pd.DataFrame, verdict: str) -> pd.DataFrame:
@@ -275,12 +248,14 @@ def decided_table(claims: pd.DataFrame) -> str:
 
 
 def verdicts(claims: pd.DataFrame) -> str:
-    held, failed = (with_verdict(claims, verdict)["the paper says"] for verdict in ("holds", "does not hold"))
-    still_open, missing, empty = (len(with_verdict(claims, v)) for v in ("open", "not run", "says nothing"))
+    held = with_verdict(claims, "holds")["the paper says"]
+    failed, still_open, missing, empty = (
+        len(with_verdict(claims, verdict)) for verdict in ("does not hold", "open", "not run", "says nothing")
+    )
     return (
-        f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. "
-        f"{len(failed)} do not: {'; '.join(failed)}. {still_open} stay open with these seeds, and {missing} await "
-        f"their runs. {empty} could not have failed, so they say nothing.\n"
+        f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. {failed} do not hold, "
+        f"{still_open} stay open with these seeds, and {missing} await their runs. {empty} could not have failed, so they "
+        f"say nothing.\n"
     )
 
 
@@ -385,7 +360,7 @@ def write_tables() -> None:
     """Replaces what stands between <!-- name --> and <!-- end --> in README.md, results/README.md and claims.md."""
     claims = judged()
     tables = {"means": means_table(), "claims": claims_table(claims), "verdicts": verdicts(claims)}
-    tables |= {"decided": decided_table(claims), "ablations": ablations_table()}
+    tables |= {"decided": decided_table(claims), "seeds": seeds_table(claims), "ablations": ablations_table()}
     tables |= {"costs": costs_table(), "budgets": budgets_table()}
     for path in (ROOT / "README.md", KEPT.parent / "README.md", KEPT.parent / "claims.md"):
         text = path.read_text()

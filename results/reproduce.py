@@ -26,9 +26,9 @@ from claims import (
     draw,
     name_of,
     plot,
-    probe,
     write_tables,
 )
+from probe import probe
 from tqdm import tqdm
 
 RL2, SHOWN = "baselines/rl2.py", name_of("trmrl", MAIN, 0)[:-1]  # SHOWN: how the main runs' folders begin

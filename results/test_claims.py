@@ -68,10 +68,29 @@ def test_intervals_are_students_and_welchs():
     assert (both.high - both.mean, both.mean - both.low) == pytest.approx((half, half))
     assert both.mean == pytest.approx(2.0)
     assert np.isnan(claims.Interval(a[:2]).low) and np.isnan(claims.Interval(a, b[:2]).low)
-    cases = {"holds": ("above −9, or so", "below 99"), "does not hold": ("below −9", "above 99", "within 0.1 of 0")}
-    number = claims.Interval(a + 9)
-    assert all(claims.verdict(number, rule) == wanted for wanted, rules in cases.items() for rule in rules)
-    assert claims.verdict(number, "above 13") == claims.verdict(claims.Interval(a - 4), "within 1 of 0") == "open"
-    assert claims.verdict(claims.Interval(a - 4), "within 99 of 0") == "holds"
     share = claims.Interval([0.9, 1.0, 1.0], success=True)
     assert share.high == 1 and 0 <= share.low < 0.9
+
+
+@pytest.mark.parametrize("rule, low, high, wanted", [
+    ("above −9, or so", -8, 99, "holds"), ("above −9", -10, 99, "open"), ("above −9", -99, -10, "does not hold"),
+    ("above 0", 1, 9, "holds"), ("above 0", -9, 9, "open"), ("above 0", -9, 4, "does not hold"),
+    ("above 0", 1, 4, "does not hold"), ("below 30 steps", 20, 29, "holds"), ("below 30", 31, 40, "does not hold"),
+    ("within 5 of 0", -4, 4, "holds"), ("within 5 of 0", -6, 4, "open"), ("within 5 of 0", 1, 9, "does not hold"),
+])  # fmt: skip
+def test_verdicts(rule, low, high, wanted):
+    """By where the interval lies; the effect is 5."""
+    number = claims.Interval([0.0])
+    number.low, number.high = low, high
+    assert claims.verdict(number, rule, 5.0) == wanted
+
+
+def test_seeds_needed_are_those_of_the_t_tests_power():
+    """Cohen's tables (1988) have 17 and 26 for two groups and effects of 1 and 0.8; by simulation for what is within."""
+    assert claims.seeds_needed(3.0, 3.0, groups=2) == 17 and claims.seeds_needed(0.8, 1.0, groups=2) == 26
+    assert claims.seeds_needed(0.1, 1.0, groups=1) == "over 100"
+    n, rng = claims.seeds_needed(1.0, 1.0, groups=2, within=True), np.random.default_rng(0)
+    for seeds, enough in ((n, True), (n - 2, False)):
+        a, b = rng.normal(size=(2, 20_000, seeds))
+        pairs = scipy.stats.ttest_ind(a, b, axis=1).confidence_interval()
+        assert (np.mean((pairs.low > -1) & (pairs.high < 1)) > 0.8) == enough
