@@ -253,9 +253,9 @@ def verdicts(claims: pd.DataFrame) -> str:
         len(with_verdict(claims, verdict)) for verdict in ("does not hold", "open", "not run", "says nothing")
     )
     return (
-        f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. {failed} do not hold, "
-        f"{still_open} stay open with these seeds, and {missing} await their runs. {empty} could not have failed, so they "
-        f"say nothing.\n"
+        f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. {failed} do not "
+        f"hold, {still_open} stay open with these seeds, and {missing} await their runs. {empty} could not have failed, "
+        f"so they say nothing.\n"
     )
 
 

@@ -86,7 +86,7 @@ def test_verdicts(rule, low, high, wanted):
 
 
 def test_seeds_needed_are_those_of_the_t_tests_power():
-    """Cohen's tables (1988) have 17 and 26 for two groups and effects of 1 and 0.8; by simulation for what is within."""
+    """Cohen's tables (1988) have 17 and 26 for two groups and effects of 1 and 0.8. For what is within, simulated."""
     assert claims.seeds_needed(3.0, 3.0, groups=2) == 17 and claims.seeds_needed(0.8, 1.0, groups=2) == 26
     assert claims.seeds_needed(0.1, 1.0, groups=1) == "over 100"
     n, rng = claims.seeds_needed(1.0, 1.0, groups=2, within=True), np.random.default_rng(0)
