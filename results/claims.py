@@ -254,8 +254,8 @@ def verdicts(claims: pd.DataFrame) -> str:
     )
     return (
         f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. {failed} do not "
-        f"hold, {still_open} stay open with these seeds, and {missing} await their runs. {empty} could not have failed, "
-        f"so they say nothing.\n"
+        f"hold, {still_open} stay open with these seeds, and {missing} await their runs. {empty} could not have "
+        f"failed, so they say nothing.\n"
     )
 
 
