@@ -71,7 +71,10 @@ class Args(trmrl.Args):
     minibatch_size: Suppress[Fixed[int]] = 1
     target_kl: Suppress[Fixed[None]] = None
     max_grad_norm: Suppress[Fixed[float]] = 1.0
-    own_defaults = {"PointMass": dict(min_std=0.3, total_timesteps=64_000)}
+    own_defaults = {
+        "PointMass": dict(min_std=0.3, total_timesteps=64_000),
+        "AntDir": dict(total_timesteps=4_000_000),
+    }
 
 
 class Experience(NamedTuple):

@@ -74,7 +74,10 @@ class Args(trmrl.Args):
     minibatch_size: Suppress[Fixed[int]] = 1
     target_kl: Suppress[Fixed[None]] = None
     max_grad_norm: Suppress[Fixed[float]] = 1.0
-    own_defaults = {"PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9)}
+    own_defaults = {
+        "PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9),
+        "AntDir": dict(total_timesteps=4_000_000),
+    }
 
 
 def mlp(*sizes: int) -> nn.Sequential:

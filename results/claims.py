@@ -28,9 +28,9 @@ CHEETAH_4M = "HalfCheetahVel --total-timesteps 4000000 --heads 4"
 REACH = "ML1-Reach --total-timesteps 1500000"
 
 
-def name_of(script: str, flags: str, seed: int) -> str:
+def name_of(script: str, flags: str, seed: int | str) -> str:
     """A run's folder: trmrl-HalfCheetahVel-layers-8-s13."""
-    return "-".join([Path(script).stem, *flags.replace("--", "").split(), f"s{seed}"])
+    return "-".join([script, *flags.replace("--", "").split(), f"s{seed}"])
 
 
 # --- Runs, measures, intervals ----------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Makes every run behind README.md and results/README.md, then their figures and tables: python results/reproduce.py
 
-Two runs at a time, one thread each, in the order of their importance. What is finished is skipped, what is not is
-resumed. results/runs keeps of each run what figures and tables need: python results/claims.py redraws them from there.
+runs.csv lists the runs in the order of their importance, with the hours that one takes on a core. Two run at a time,
+one thread each. What is finished is skipped, what is not is resumed. results/runs keeps of each run what figures and
+tables need: python results/claims.py redraws them from there.
 """
 
 import json
@@ -15,51 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import (
-    CHEETAH,
-    CHEETAH_4M,
-    ENVS,
-    KEPT,
-    MAIN,
-    REACH,
-    ROOT,
-    draw,
-    name_of,
-    plot,
-    write_tables,
-)
+from claims import ENVS, KEPT, MAIN, ROOT, draw, name_of, plot, write_tables
 from probe import probe
 from tqdm import tqdm
 
-RL2, SHOWN = "baselines/rl2.py", name_of("trmrl", MAIN, 0)[:-1]  # SHOWN: how the main runs' folders begin
-FIVE, THREE, NEXT, OTHERS = range(28, 33), range(13, 16), range(16, 19), range(23, 26)
-RUNS = [  # script; --env and other flags; seeds; hours of a core a run
-    *((script, MAIN, FIVE, 0.3) for script in ("trmrl.py", RL2)),  # Figs. 4 to 9
-    *((f"baselines/{method}.py", MAIN, OTHERS, 0.3) for method in ("varibad", "pearl", "maml")),  # Figs. 4 to 6
-    *(("trmrl.py", env, NEXT, 1.4) for env in ("AntDir", "ML1-Push")),
-    *(("trmrl.py", env, seeds, 2.3) for env, seeds in (("ML1-Reach", THREE), ("ML45-Train", (15,)))),
-    *((RL2, env, seeds, hours) for env, seeds, hours in (("AntDir", NEXT, 1.0), ("ML1-Reach", THREE, 2.0))),
-    *(("trmrl.py", CHEETAH_4M + flag, THREE, 0.4) for flag in ("", " --no-t-fixup")),  # Fig. 10
-    *(("trmrl.py", REACH + flag, THREE, 0.8) for flag in ("", " --no-t-fixup")),
-    ("trmrl.py", CHEETAH, THREE, 0.2),  # Figs. 11 to 13
-    *(("trmrl.py", f"{CHEETAH} --memory-length {N}", THREE, 0.1 + 0.02 * N) for N in (1, 2, 10, 25, 50)),
-    *(("trmrl.py", f"{REACH} --memory-length {N}", THREE, 0.5 + 0.01 * N) for N in (1, 5, 50)),
-    *(("trmrl.py", f"{CHEETAH} --layers {L}", THREE, 0.1 + 0.03 * L) for L in (1, 2, 8, 12)),
-    *(("trmrl.py", f"HalfCheetahVel --heads {heads}", THREE, 0.2) for heads in (1, 2, 8, 16)),
-    *((RL2, env, (seed,), hours) for env, seed, hours in (("ML1-Push", 16, 1.4), ("ML45-Train", 15, 2.4))),
-    *(("trmrl.py", f"{REACH} --layers {L}", THREE, 0.5 + 0.1 * L) for L in (1, 8)),
-]
+SHOWN = name_of("trmrl", MAIN, 0)[:-1]  # how the main runs' folders begin
 
 
 def make(script: str, flags: str, seed: int) -> None:
     """Trains, or goes on, and keeps the run; ablations aside it is tested on 100 tasks, or all that MetaWorld has."""
-    name = name_of(script, flags, seed)
+    name, file = name_of(script, flags, seed), "trmrl.py" if script == "trmrl" else f"baselines/{script}.py"
     home = ROOT / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
 
     def call(*arguments: object) -> None:
         with open(home / "log.txt", "a") as log:
-            command = [sys.executable, script, *map(str, arguments)]
+            command = [sys.executable, file, *map(str, arguments)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
 
@@ -114,7 +86,10 @@ def show_median() -> None:
 
 
 def make_all() -> None:
-    jobs = [(script, flags, seed, hours) for script, flags, seeds, hours in RUNS for seed in seeds]
+    jobs = []
+    for row in pd.read_csv(KEPT.parent / "runs.csv", dtype=str).itertuples():
+        script, flags = row.runs.split(" ", 1)
+        jobs += [(script, flags, seed, float(row.hours)) for seed in row.seeds.split()]
     jobs = [job for job in jobs if not (KEPT / name_of(*job[:3]) / "args.json").exists()]
     with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
