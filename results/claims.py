@@ -89,13 +89,21 @@ class Run:
         """What the later episodes of a meta-test add: the sixth minus the first."""
         return self.episodes()[-1] - self.episodes()[0]
 
-    def representations_converge(self) -> bool:
-        """Whether the representation error of Fig. 7 falls at each layer."""
-        return bool((np.diff(self.files["refinement"]["representation_error"]) < 0).all())
+    def faster_than_untrained(self, error: str) -> float:
+        """The mean over the inner layers of an error of Fig. 7, as a share of layer 0's: untrained minus trained."""
+        trained, untrained = self.files["refinement"][error], self.files["probe"][f"untrained_{error}"]
+        return float((untrained[1:-1] / untrained[0] - trained[1:-1] / trained[0]).mean())
 
-    def actions_emerge(self) -> bool:
-        """Whether the regression error of Fig. 7 falls at each layer."""
-        return bool((np.diff(self.files["refinement"]["regression_mse"]) < 0).all())
+    def representations_converge(self) -> float:
+        return self.faster_than_untrained("representation_error")
+
+    def actions_emerge(self) -> float:
+        return self.faster_than_untrained("regression_mse")
+
+    def attention_weighs(self) -> float:
+        """The correlation of a past memory's α with how much it tells of the task, a mean over layers, less the
+        untrained network's."""
+        return float((self.files["probe"]["weighing"] - self.files["probe"]["untrained_weighing"]).mean())
 
     def memories_tell(self) -> float:
         """R² of a linear model from working memories to the task."""
@@ -189,8 +197,6 @@ def judge(claim: pd.Series) -> tuple[str, str]:
         return "", "not run"
     values = [[getattr(run, claim["measure"])() for run in runs] for runs in settings]
     rule, (first, *more) = claim["holds if"], values
-    if isinstance(first[0], bool):
-        return f"{sum(first)} of {len(first)} seeds", "says nothing"
     if isinstance(first[0], np.ndarray):
         shown = ", ".join(f"{share:.2%}" for share in np.mean(first, axis=0))
         return shown, "says nothing" if rule.startswith("says") else "does not hold" if np.any(first) else "open"

@@ -1,39 +1,76 @@
-"""What the claims need of a trained network: C6 and Theorem 4.1. reproduce.py keeps it as probe.npz."""
+"""What the claims need of a trained network: C4 to C6 and Theorem 4.1. reproduce.py keeps it as probe.npz."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
 
-def r_squared(features: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> float:
-    """Of a linear model of the targets, fitted where fitted is True, on the others."""
-    features = np.column_stack([features, np.ones(len(features))])
-    weights = np.linalg.lstsq(features[fitted], targets[fitted])[0]
-    errors = targets[~fitted] - features[~fitted] @ weights
-    return 1 - np.square(errors).mean() / targets[~fitted].var()
+def predictions(features: Tensor, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Of the targets by a linear model, fitted where fitted is True."""
+    inputs = np.column_stack([features.double().numpy(), np.ones(len(features))])
+    return inputs @ np.linalg.lstsq(inputs[fitted], targets[fitted])[0]
 
 
-def risks(alpha: torch.Tensor, values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+def r_squared(predicted: np.ndarray, targets: np.ndarray) -> float:
+    return 1 - np.square(targets - predicted).mean() / targets.var()
+
+
+def risks(alpha: Tensor, values: Tensor, candidates: Tensor) -> Tensor:
     """Bayes risks (..., C) of candidates (..., C, d): the α-weighted mean (..., N) of - cos(candidate, value_t)."""
-    cosines = torch.nn.functional.cosine_similarity(candidates[..., :, None, :], values[..., None, :, :], dim=-1)
+    cosines = cosine_similarity(candidates[..., :, None, :], values[..., None, :, :], dim=-1)
     return -(cosines * alpha[..., None, :]).sum(-1)
 
 
-def violations(alpha: torch.Tensor, values: torch.Tensor) -> float:
+def violations(alpha: Tensor, values: Tensor) -> float:
     """How often, of all attentions α (..., N), a single value (..., N, d) has a smaller risk than their consensus."""
     consensus = risks(alpha, values, (alpha[..., None, :] @ values))
     return (risks(alpha, values, values).amin(-1) < consensus[..., 0] - 1e-5).float().mean().item()
 
 
+def double_centred(x: np.ndarray) -> np.ndarray:
+    """x (windows, memories) less each window's mean and each position's: what is left is of the memory alone."""
+    return x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+
+
+def broken(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor) -> dict[str, list[float]]:
+    """Violations of Theorem 4.1 at these steps, by layer: by the network's values, and by normalised ones."""
+    projected, result = [], {"violations": [], "violations_normalised": []}
+    hooks = [layer.value.register_forward_hook(lambda *call: projected.append(call[2])) for layer in agent.layers]
+    _, attention = agent.refine(transitions, steps, task)
+    for hook in hooks:
+        hook.remove()
+    for alpha, values in zip(attention, projected):
+        values = values.unflatten(2, (alpha.shape[1], -1)).transpose(1, 2)  # (B, ω, N, d/ω)
+        result["violations"].append(violations(alpha, values))
+        result["violations_normalised"].append(violations(alpha, normalize(values, dim=-1)))
+    return result
+
+
+def weighing(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor, error: np.ndarray) -> list[float]:
+    """By layer, the correlation of a past memory's α, a mean over heads, with minus the error (T, n) of a guess of the
+    task from this memory alone; both without what depends on the memory's place in the window, or on the window."""
+    N = agent.memory_length
+    later = steps >= 2 * (N - 1)  # where each past memory has a guess
+    steps, task = steps[later], task[later]
+    past = steps[:, None] - torch.arange(N - 1, 0, -1)  # (windows, N - 1), the oldest first
+    closeness = double_centred(-error[past, task[:, None]])
+    _, attention = agent.refine(transitions, steps, task)
+    weights = [double_centred(alpha[:, :, :-1].mean(1).double().numpy()) for alpha in attention]
+    return [np.corrcoef(x.ravel(), closeness.ravel())[0, 1] for x in weights]
+
+
 @torch.no_grad()
 def probe(run: Path) -> dict[str, np.ndarray]:
-    """C6: R² of linear models from φ, and from raw transitions, to v*. T: violations of Theorem 4.1 by layer.
-    Both on 60 unseen tasks, their first episodes by mean actions; the models are fitted on the first 40 tasks."""
+    """On the first episodes of 60 unseen tasks, by mean actions; linear models are fitted on the first 40 tasks. R² of
+    models from φ and from raw transitions to v*; what broken and weighing return; and of the network before training,
+    with this run's inputs and trajectories, the errors of Fig. 7 and what weighing returns."""
     agent, envs, args = trmrl.load(run, test_tasks=60)
     rng = trmrl.random_stream(args.seed, "refinement")
     tasks = envs[0].sample_tasks("test", 60, rng)
@@ -41,17 +78,19 @@ def probe(run: Path) -> dict[str, np.ndarray]:
     steps, task = trial.valid.nonzero(as_tuple=True)
     full = steps >= args.memory_length - 1  # where no PAD is in sight
     steps, task = steps[full], task[full]
-    projected = []
-    hooks = [layer.value.register_forward_hook(lambda *call: projected.append(call[2])) for layer in agent.layers]
-    _, attention = agent.refine(trial.transitions, steps, task)
-    for hook in hooks:
-        hook.remove()
-    transitions = agent.normalise(trial.transitions[steps, task])
-    result = {"violations": [], "violations_normalised": []}
-    for alpha, values in zip(attention, projected):
-        values = values.unflatten(2, (args.heads, -1)).transpose(1, 2)  # (B, ω, N, d/ω)
-        result["violations"].append(violations(alpha, values))
-        result["violations_normalised"].append(violations(alpha, torch.nn.functional.normalize(values, dim=-1)))
-    for name, features in (("r2_memories", agent.phi(transitions)), ("r2_raw", trial.transitions[steps, task])):
-        result[name] = r_squared(features.numpy().astype(float), tasks[task, 0], (task < 40).numpy())
+    result = broken(agent, trial.transitions, steps, task)
+    raw, targets, fitted = trial.transitions[steps, task], tasks[task, 0], (task < 40).numpy()
+    for name, features in (("r2_memories", agent.phi(agent.normalise(raw))), ("r2_raw", raw)):
+        guesses = predictions(features, targets, fitted)
+        result[name] = r_squared(guesses[~fitted], targets[~fitted])
+    error = np.full(trial.valid.shape, np.nan)
+    error[steps, task] = np.abs(guesses - targets)
+    torch.manual_seed(args.seed)
+    untrained = trmrl.Agent(envs[0], args)
+    untrained.load_state_dict(dict(agent.named_buffers()), strict=False)
+    untrained.collect = agent.collect
+    for name, network in (("weighing", agent), ("untrained_weighing", untrained)):
+        result[name] = weighing(network, trial.transitions, steps, task, error)
+    errors = trmrl.analyse_memories(untrained, envs, args)["refinement"]
+    result |= {f"untrained_{name}": error for name, error in errors.items()}
     return {name: np.array(value) for name, value in result.items()}

@@ -7,10 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import claims  # noqa: E402 (it is beside this file)
+import claims  # noqa: E402 (they are beside this file)
+import probe  # noqa: E402
 from test_figures import fake_run  # noqa: E402
+
+from test_trmrl import run as trained  # noqa: E402
+from test_trmrl import trmrl
+
+ERRORS = ("representation_error", "regression_mse")
 
 
 @pytest.fixture
@@ -23,7 +30,9 @@ def kept(tmp_path, monkeypatch) -> Path:
         rewards = np.random.default_rng(number).normal(size=(5, 6, 200))
         np.savez(run / "ood.npz", rewards=rewards, tasks=np.zeros((5, 1)))
         np.savez(run / "meta_test.npz", rewards=2 * rewards, tasks=np.zeros((5, 1)))
-        np.savez(run / "probe.npz", violations=[0.0, 0.25], violations_normalised=[0.0, 0.0], r2_memories=0.9)
+        probes = {f"untrained_{name}": np.array([2.0, 1.0, 0.5, 0.5, 0.0]) for name in ERRORS}
+        probes |= {"weighing": np.array([0.2, 0.4]), "untrained_weighing": np.array([0.1, -0.3]), "r2_memories": 0.9}
+        np.savez(run / "probe.npz", violations=[0.0, 0.25], violations_normalised=[0.0, 0.0], **probes)
     for file in ("README.md", "results/README.md", "results/claims.md", "results/claims.csv"):
         (tmp_path / file).write_text((claims.ROOT / file).read_text())
     monkeypatch.setattr(claims, "KEPT", folder)
@@ -52,6 +61,9 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
     assert "| HalfCheetahVel | M steps; minutes | 0; 1 |" in (kept.parent / "claims.md").read_text()
     seeds = pd.read_csv(kept.parent / "seeds.csv")
     assert seeds["run"].tolist() == ["pearl-HalfCheetahVel-s1", "trmrl-HalfCheetahVel-s1"]
+    judged = claims.judged().set_index("measure")["result"]
+    assert judged["actions_emerge"] == "-0.67"  # a third of layer 0's error, less a trained network's, which stays
+    assert judged["attention_weighs"] == "0.40"  # 0.3, less -0.1
     verdicts = claims.judged().set_index("the paper says")["verdict"]
     assert verdicts["the return is high from the first episode on"] == "open"  # one seed decides nothing
     assert verdicts["Theorem 4.1, with the network's own values"] == "does not hold"
@@ -94,3 +106,29 @@ def test_seeds_needed_are_those_of_the_t_tests_power():
         a, b = rng.normal(size=(2, 20_000, seeds))
         pairs = scipy.stats.ttest_ind(a, b, axis=1).confidence_interval()
         assert (np.mean((pairs.low > -1) & (pairs.high < 1)) > 0.8) == enough
+
+
+def test_probe_of_a_tiny_run(tmp_path, monkeypatch):
+    folder = trained(tmp_path, "--env", "PointMass", "--total-timesteps", "1600", "--memory-length", "4")
+    probed = probe.probe(folder)
+    assert np.abs(probed["weighing"]).max() <= 1 and probed["weighing"].shape == (2,)
+    assert (
+        probed["untrained_representation_error"].shape == (3,) and probed["untrained_representation_error"][-1] < 1e-6
+    )
+    agent, _, _ = trmrl.load(folder)
+    transitions, error = torch.rand(21, 5, 4), np.random.default_rng(0).random((20, 5))
+    steps, task = torch.ones(20, 5).nonzero(as_tuple=True)
+
+    def refine(transitions, t, task):
+        """Attention that falls with the error, and beside it depends on place and window."""
+        past = np.stack([error[np.asarray(t) - age, np.asarray(task)] for age in (3, 2, 1, 0)], axis=1)
+        alpha = torch.from_numpy([1.0, 2.0, 5.0, 9.0] - past + np.arange(len(t))[:, None])
+        return None, [alpha[:, None], -alpha[:, None]]
+
+    monkeypatch.setattr(agent, "refine", refine)
+    np.testing.assert_allclose(probe.weighing(agent, transitions, steps, task, error), [1, -1])
+    values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert probe.violations(torch.tensor([[0.4, 0.2, 0.4]]), values[None]) == 0  # the consensus is the second value
+    assert (
+        probe.violations(torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[[1.0, 0], [0, 9], [0, 9]]])) == 1
+    )  # too loud
