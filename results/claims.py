@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import linregress, nct, t, ttest_ind
+from scipy.stats import nct, t, ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "results" / "runs"
@@ -89,16 +89,23 @@ class Run:
         """What the later episodes of a meta-test add: the sixth minus the first."""
         return self.episodes()[-1] - self.episodes()[0]
 
-    def faster_than_untrained(self, error: str) -> float:
+    def representation_error_falls(self) -> bool:
+        """Whether this error of Fig. 7 falls at each layer; so does the next one."""
+        return bool((np.diff(self.files["refinement"]["representation_error"]) < 0).all())
+
+    def regression_mse_falls(self) -> bool:
+        return bool((np.diff(self.files["refinement"]["regression_mse"]) < 0).all())
+
+    def gained_by_training(self, error: str) -> float:
         """The mean over the inner layers of an error of Fig. 7, as a share of layer 0's: untrained minus trained."""
-        trained, untrained = self.files["refinement"][error], self.files["probe"][f"untrained_{error}"]
+        trained, untrained = self.files["probe"][error], self.files["probe"][f"untrained_{error}"]
         return float((untrained[1:-1] / untrained[0] - trained[1:-1] / trained[0]).mean())
 
     def representations_converge(self) -> float:
-        return self.faster_than_untrained("representation_error")
+        return self.gained_by_training("representation_error")
 
     def actions_emerge(self) -> float:
-        return self.faster_than_untrained("regression_mse")
+        return self.gained_by_training("regression_mse")
 
     def attention_weighs(self) -> float:
         """The correlation of a past memory's α with how much it tells of the task, a mean over layers, less the
@@ -154,27 +161,19 @@ class Interval:
 
 
 # --- The verdicts -----------------------------------------------------------------------------------------------------
-def slope(values: list[list[float]]) -> Interval:
-    """How much a number per seed grows from one setting to the next, by linear regression."""
-    settings = [number for number, of_setting in enumerate(values) for _ in of_setting]
-    fit = linregress(settings, np.concatenate(values))
-    result, half = Interval([fit.slope]), t.ppf(0.975, len(settings) - 2) * fit.stderr
-    result.low, result.high = fit.slope - half, fit.slope + half
-    return result
-
-
 def verdict(number: Interval, rule: str, effect: float) -> str:
-    """Of a rule such as "above −150" or "within 0.1 of 0", by where the whole interval lies. A claim that a difference
-    is above 0 does not hold either if the difference is smaller than the effect."""
+    """Of a rule such as "above −150" or "within 0.1 of 0", by where the whole interval lies. Of what shall be above 0,
+    "at most small" says that it is smaller than the effect."""
     kind, limit = rule.split()[:2]
-    limit = float(limit.strip(",").replace("−", "-"))
+    low, high, limit = number.low, number.high, float(limit.strip(",").replace("−", "-"))
     if kind == "above":
-        holds, fails = number.low > limit, number.high < (limit or effect)
+        small = limit == 0 and 0 <= high < effect
+        holds, fails = low > limit, high < limit
     elif kind == "below":
-        holds, fails = number.high < limit, number.low > limit
+        small, holds, fails = False, high < limit, low > limit
     else:
-        holds, fails = -limit < number.low and number.high < limit, number.low > 0 or number.high < 0
-    return "does not hold" if fails else "holds" if holds else "open"
+        small, holds, fails = False, -limit < low and high < limit, low > limit or high < -limit
+    return "at most small" if small else "holds" if holds else "does not hold" if fails else "open"
 
 
 def seeds_needed(effect: float, spread: float, groups: int, within: bool = False) -> int | str:
@@ -188,25 +187,38 @@ def seeds_needed(effect: float, spread: float, groups: int, within: bool = False
     return "over 100"
 
 
+def compare(settings: list[list[Run]], measure: str) -> Interval:
+    """Of one setting the mean, of two the first minus the second, of more how much the measure grows from one setting
+    to the next, by linear regression. Settings with the same seeds are compared seed by seed."""
+    values = [[getattr(run, measure)() for run in runs] for runs in settings]
+    if len(settings) == 1:
+        return Interval(values[0], success=settings[0][0].by_success)
+    seeds, *others = ([run.args["seed"] for run in runs] for runs in settings)
+    if len(settings) == 2 and seeds != others[0]:
+        return Interval(values[0], minus=values[1])
+    if len(settings) == 2:
+        return Interval(np.subtract(*values))
+    return Interval(np.polyfit(range(len(settings)), values, deg=1)[0])
+
+
 def judge(claim: pd.Series) -> tuple[str, str]:
-    """What was measured of a row of claims.csv, and the verdict. Its runs are those of one setting, from which those of
-    minus are subtracted, or of several settings in a row, each separated by |."""
-    settings = [find(runs) for runs in claim["runs"].split(" | ")]
-    others = find(claim["minus"]) if claim["minus"] else None
-    if not all(settings) or others == []:
+    """What was measured of a row of claims.csv, and the verdict. Its settings are separated by |."""
+    settings = [find(runs) for runs in claim["settings"].split(" | ")]
+    if not all(settings):
         return "", "not run"
-    values = [[getattr(run, claim["measure"])() for run in runs] for runs in settings]
-    rule, (first, *more) = claim["holds if"], values
-    if isinstance(first[0], np.ndarray):
-        shown = ", ".join(f"{share:.2%}" for share in np.mean(first, axis=0))
-        return shown, "says nothing" if rule.startswith("says") else "does not hold" if np.any(first) else "open"
-    if more:
-        number = slope(values)
-    elif others:
-        number = Interval(first, minus=[getattr(run, claim["measure"])() for run in others])
+    first = getattr(settings[0][0], claim["measure"])()
+    if isinstance(first, bool):  # a count of seeds
+        values = [getattr(run, claim["measure"])() for run in settings[0]]
+        result, verdict_ = f"{sum(values)} of {len(values)} seeds", "holds" if all(values) else "does not hold"
+    elif isinstance(first, np.ndarray):  # shares by layer
+        shares = [getattr(run, claim["measure"])() for run in settings[0]]
+        result = ", ".join(f"{share:.2%}" for share in np.mean(shares, axis=0))
+        verdict_ = "does not hold" if np.any(shares) else "holds"
     else:
-        number = Interval(first, success=settings[0][0].by_success)
-    return str(number), "says nothing" if rule.startswith("says") else verdict(number, rule, float(claim["effect"]))
+        number = compare(settings, claim["measure"])
+        result = str(number)
+        verdict_ = verdict(number, claim["holds if"], float(claim["effect"])) if claim["effect"] else ""
+    return result, "says nothing" if claim["holds if"].startswith("says nothing") else verdict_
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
@@ -230,17 +242,16 @@ def judged() -> pd.DataFrame:
 
 
 def claims_table(claims: pd.DataFrame) -> str:
-    unseen = ["measure", "runs", "minus", "effect", "spread"]
-    return markdown(claims.drop(columns=unseen).to_dict("records"))
+    return markdown(claims.drop(columns=["measure", "settings", "effect", "spread"]).to_dict("records"))
 
 
 def seeds_table(claims: pd.DataFrame) -> str:
     rows = []
     for _, claim in claims[claims["effect"] != ""].iterrows():
-        row = {"": claim["claim"], "claim": claim["the paper says"]}
-        row |= {name: claim[name] for name in ("effect", "spread")}
-        groups, within = 2 if claim["minus"] else 1, claim["holds if"].startswith("within")
-        rows.append(row | {"seeds": seeds_needed(float(row["effect"]), float(row["spread"]), groups, within)})
+        groups = 2 if claim["settings"].count(" | ") == 1 else 1
+        within, (effect, spread) = claim["holds if"].startswith("within"), map(float, claim[["effect", "spread"]])
+        row = claim[["number", "claim", "effect", "spread"]].to_dict()
+        rows.append(row | {"seeds": seeds_needed(effect, spread, groups, within)})
     return markdown(rows)
 
 
@@ -249,19 +260,22 @@ def with_verdict(claims: pd.DataFrame, verdict: str) -> pd.DataFrame:
 
 
 def decided_table(claims: pd.DataFrame) -> str:
-    decided = pd.concat([with_verdict(claims, "holds"), with_verdict(claims, "does not hold")])
-    return markdown(decided[["verdict", "claim", "the paper says", "measured", "result"]].to_dict("records"))
+    decided = pd.concat([with_verdict(claims, verdict) for verdict in ("holds", "does not hold", "at most small")])
+    return markdown(decided[["verdict", "number", "claim", "measured", "result"]].to_dict("records"))
 
 
 def verdicts(claims: pd.DataFrame) -> str:
-    held = with_verdict(claims, "holds")["the paper says"]
-    failed, still_open, missing, empty = (
-        len(with_verdict(claims, verdict)) for verdict in ("does not hold", "open", "not run", "says nothing")
+    papers = claims[claims["number"] != "ours"]
+    held = with_verdict(papers, "holds")["claim"]
+    failed, small, still_open, missing, empty = (
+        len(with_verdict(papers, verdict))
+        for verdict in ("does not hold", "at most small", "open", "not run", "says nothing")
     )
     return (
-        f"Of {len(claims)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. {failed} do not "
-        f"hold, {still_open} stay open with these seeds, and {missing} await their runs. {empty} could not have "
-        f"failed, so they say nothing.\n"
+        f"Of {len(papers)} claims of the paper that we checked, {len(held)} hold: {'; '.join(held)}. {failed} do not "
+        f"hold. In {small} the difference is at most small, less than a tenth of what training gains. {still_open} "
+        f"stay open with these seeds, and {missing} await their runs. {empty} could not have come out otherwise, so "
+        f"they say nothing.\n"
     )
 
 

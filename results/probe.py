@@ -12,14 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
 
-def predictions(features: Tensor, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Of the targets by a linear model, fitted where fitted is True."""
+def guesses(features: Tensor, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Of the targets by a linear model, fitted where fitted is True, on the others."""
     inputs = np.column_stack([features.double().numpy(), np.ones(len(features))])
-    return inputs @ np.linalg.lstsq(inputs[fitted], targets[fitted])[0]
-
-
-def r_squared(predicted: np.ndarray, targets: np.ndarray) -> float:
-    return 1 - np.square(targets - predicted).mean() / targets.var()
+    return inputs[~fitted] @ (np.linalg.pinv(inputs[fitted], rcond=1e-3) @ targets[fitted])
 
 
 def risks(alpha: Tensor, values: Tensor, candidates: Tensor) -> Tensor:
@@ -53,14 +49,15 @@ def broken(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor)
     return result
 
 
-def weighing(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor, error: np.ndarray) -> list[float]:
+def weighing(agent: trmrl.Agent, transitions: Tensor, error: np.ndarray) -> list[float]:
     """By layer, the correlation of a past memory's α, a mean over heads, with minus the error (T, n) of a guess of the
-    task from this memory alone; both without what depends on the memory's place in the window, or on the window."""
-    N = agent.memory_length
-    later = steps >= 2 * (N - 1)  # where each past memory has a guess
-    steps, task = steps[later], task[later]
-    past = steps[:, None] - torch.arange(N - 1, 0, -1)  # (windows, N - 1), the oldest first
-    closeness = double_centred(-error[past, task[:, None]])
+    task from this memory alone; both without what depends on the memory's place in the window, or on the window. Where
+    the error is NaN there is no guess."""
+    ages = torch.arange(agent.memory_length - 1, 0, -1)  # of the past memories, the oldest first
+    steps, task = torch.from_numpy(~np.isnan(error)).nonzero(as_tuple=True)
+    whole = ~np.isnan(error[(steps[:, None] - ages).clamp(min=0), task[:, None]]).any(1) & (steps >= ages[0]).numpy()
+    steps, task = steps[whole], task[whole]
+    closeness = double_centred(-error[steps[:, None] - ages, task[:, None]])  # (windows, N - 1)
     _, attention = agent.refine(transitions, steps, task)
     weights = [double_centred(alpha[:, :, :-1].mean(1).double().numpy()) for alpha in attention]
     return [np.corrcoef(x.ravel(), closeness.ravel())[0, 1] for x in weights]
@@ -68,9 +65,9 @@ def weighing(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tenso
 
 @torch.no_grad()
 def probe(run: Path) -> dict[str, np.ndarray]:
-    """On the first episodes of 60 unseen tasks, by mean actions; linear models are fitted on the first 40 tasks. R² of
-    models from φ and from raw transitions to v*; what broken and weighing return; and of the network before training,
-    with this run's inputs and trajectories, the errors of Fig. 7 and what weighing returns."""
+    """On the first episodes of 60 unseen tasks, by mean actions; linear models are fitted on the first 40 tasks, and
+    judged on the others. R² of models from φ and from raw transitions to v*; what broken returns; and of this network
+    and of itself before training the errors of Fig. 7, both for this network's actions, and what weighing returns."""
     agent, envs, args = trmrl.load(run, test_tasks=60)
     rng = trmrl.random_stream(args.seed, "refinement")
     tasks = envs[0].sample_tasks("test", 60, rng)
@@ -78,19 +75,23 @@ def probe(run: Path) -> dict[str, np.ndarray]:
     steps, task = trial.valid.nonzero(as_tuple=True)
     full = steps >= args.memory_length - 1  # where no PAD is in sight
     steps, task = steps[full], task[full]
-    result = broken(agent, trial.transitions, steps, task)
     raw, targets, fitted = trial.transitions[steps, task], tasks[task, 0], (task < 40).numpy()
-    for name, features in (("r2_memories", agent.phi(agent.normalise(raw))), ("r2_raw", raw)):
-        guesses = predictions(features, targets, fitted)
-        result[name] = r_squared(guesses[~fitted], targets[~fitted])
+    result, others = broken(agent, trial.transitions, steps, task), targets[~fitted]
+    from_memories = guesses(agent.phi(agent.normalise(raw)), targets, fitted)
+    for name, guessed in (("r2_memories", from_memories), ("r2_raw", guesses(raw, targets, fitted))):
+        result[name] = 1 - np.square(others - guessed).mean() / others.var()
     error = np.full(trial.valid.shape, np.nan)
-    error[steps, task] = np.abs(guesses - targets)
+    error[steps[~fitted], task[~fitted]] = np.abs(from_memories - others)
     torch.manual_seed(args.seed)
     untrained = trmrl.Agent(envs[0], args)
     untrained.load_state_dict(dict(agent.named_buffers()), strict=False)
-    untrained.collect = agent.collect
-    for name, network in (("weighing", agent), ("untrained_weighing", untrained)):
-        result[name] = weighing(network, trial.transitions, steps, task, error)
-    errors = trmrl.analyse_memories(untrained, envs, args)["refinement"]
-    result |= {f"untrained_{name}": error for name, error in errors.items()}
+    actions = agent.refine(trial.transitions, steps, task)[0][-1]
+    actions = agent.policy(actions).double().numpy()
+    for prefix, network in (("", agent), ("untrained_", untrained)):
+        memories, _ = network.refine(trial.transitions, steps, task)
+        distances = [1 - cosine_similarity(memory, memories[-1]).mean() for memory in memories]
+        result[f"{prefix}representation_error"] = torch.stack(distances).numpy()
+        errors = [np.square(guesses(memory, actions, fitted) - actions[~fitted]).mean() for memory in memories]
+        result[f"{prefix}regression_mse"] = errors
+        result[f"{prefix}weighing"] = weighing(network, trial.transitions, error)
     return {name: np.array(value) for name, value in result.items()}

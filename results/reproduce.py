@@ -23,8 +23,9 @@ from tqdm import tqdm
 SHOWN = name_of("trmrl", MAIN, 0)[:-1]  # how the main runs' folders begin
 
 
-def make(script: str, flags: str, seed: int) -> None:
-    """Trains, or goes on, and keeps the run; ablations aside it is tested on 100 tasks, or all that MetaWorld has."""
+def make(script: str, flags: str, seed: str) -> tuple[Path, Path, list[str]]:
+    """Trains, or goes on. A main run is tested on 100 tasks, or on all goals of ML1; ML45-Train's own test has all
+    tasks. Returns what keep takes."""
     name, file = name_of(script, flags, seed), "trmrl.py" if script == "trmrl" else f"baselines/{script}.py"
     home = ROOT / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def make(script: str, flags: str, seed: int) -> None:
     is_main = flags in ENVS
     if is_main and not flags.startswith("ML45"):
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
-    keep(run, KEPT / name, ["meta_test", "ood"] if is_main else [])
+    return run, KEPT / name, ["meta_test", "ood"] if is_main else []
 
 
 def keep(run: Path, kept: Path, tests: list[str]) -> None:
@@ -60,11 +61,11 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
             arrays = dict(np.load(run / f"{file}.npz"))
             if not (shown and file == "meta_test"):
                 arrays.pop("observations", None)
-            for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # large, and small with two decimals
+            for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # two decimals keep the files small
                 arrays[name] = arrays[name].round(2)
             np.savez_compressed(kept / f"{file}.npz", **arrays)
     args = json.loads((run / "args.json").read_text())
-    args["versions"] |= {"commit": (run.parent / "commit.txt").read_text().strip(), "beside": 1}
+    args["versions"] |= {"commit": (run.parent / "commit.txt").read_text().strip(), "beside": 1}  # two run at a time
     (kept / "args.json").write_text(json.dumps(args, indent=2) + "\n")
 
 
@@ -94,7 +95,9 @@ def make_all() -> None:
     with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
         for made in as_completed(hours):
-            made.result()
+            if made.exception():
+                pool.shutdown(cancel_futures=True)  # what runs now runs to its end
+            keep(*made.result())
             bar.update(hours[made])
 
 
