@@ -17,9 +17,9 @@ Half of a trial's episodes come before the inner step, half after it. Unlike in 
 episodes each, where the paper has 20; two layers of 64 tanh units, where it has 100 ReLUs each; advantages by GAE;
 normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences. The std
 has a lower bound, as without noise there is no inner gradient; it is enforced after the line search, so that an outer
-step may exceed max_kl by it. At meta-test one step follows each episode, at a fourth of the rate, so that four of them
-go as far as training's inner step; the authors' code takes whole steps, and halves the rate after the first. The
-episodes that are adapted from act with noise there, too; only the last one acts by the mean.
+step may exceed max_kl by it. At meta-test one step follows each episode, by default at a fourth of the rate, so that
+four of them go as far as training's inner step; the authors' code takes whole steps, and halves the rate after the
+first. The episodes that are adapted from act with noise there, too; only the last one acts by the mean.
 """
 
 import math
@@ -160,6 +160,7 @@ class MAML(trmrl.Agent):
         return vmap(self.policy_of)(thetas, s)
 
     def collect(self, envs: list, tasks: np.ndarray, episodes: int, rng: Generator, explore: bool) -> trmrl.Trial:
+        """In training with an inner step after half of the episodes; at meta-test with a smaller one after each."""
         if explore:
             learner = Learner(self, self.episodes_before, self.inner_rate, last_by_mean=False)
         else:
