@@ -54,7 +54,7 @@ class Args(trmrl.Args):
     init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
     min_std: float = 0.5  # [MAML] lower bound of the std before the inner step
     total_timesteps: int = 10_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
-    inner_rate: float = 0.1  # α, the learning rate of an inner step; at meta-test it is divided among the episodes
+    inner_rate: float = 0.1  # α, the rate of an inner step; at meta-test divided by the episodes before it in training
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     max_kl: float = 0.03  # [TRPO] largest mean KL between the adapted policies before and after an outer step
     cg_steps: int = 10  # steps of the conjugate gradient method

@@ -1,8 +1,9 @@
 """The paper's claims, measured on results/runs: python results/claims.py draws figures and writes tables and verdicts.
 
-Each claim, a row of claims.csv, has one measure and one rule. An interval is 95 %, by Student's t over seeds, for a
-difference Welch's, from three seeds on. A verdict is one of: holds, does not hold, open (these seeds cannot tell),
-not run, and says nothing (it could not have failed).
+Each claim, a row of claims.csv, has one measure and one rule. An interval is 95 %, from three seeds on: by Student's t
+over seeds or over differences seed by seed, or by Welch's where two settings have other seeds. A verdict is one of:
+holds, does not hold, at most small (a difference that is below the claim's effect), open (these seeds cannot tell), not
+run, and says nothing (it could not have come out otherwise).
 """
 
 import re
@@ -116,11 +117,11 @@ class Run:
         """R² of a linear model from working memories to the task."""
         return float(self.files["probe"]["r2_memories"])
 
-    def broken(self) -> np.ndarray:
+    def violations(self) -> np.ndarray:
         """The share of attentions that break Theorem 4.1, by layer (L,)."""
         return self.files["probe"]["violations"]
 
-    def broken_normalised(self) -> np.ndarray:
+    def violations_normalised(self) -> np.ndarray:
         """The same, with values normalised as in the theorem's proof."""
         return self.files["probe"]["violations_normalised"]
 
@@ -206,19 +207,15 @@ def judge(claim: pd.Series) -> tuple[str, str]:
     settings = [find(runs) for runs in claim["settings"].split(" | ")]
     if not all(settings):
         return "", "not run"
-    first = getattr(settings[0][0], claim["measure"])()
-    if isinstance(first, bool):  # a count of seeds
-        values = [getattr(run, claim["measure"])() for run in settings[0]]
-        result, verdict_ = f"{sum(values)} of {len(values)} seeds", "holds" if all(values) else "does not hold"
-    elif isinstance(first, np.ndarray):  # shares by layer
-        shares = [getattr(run, claim["measure"])() for run in settings[0]]
-        result = ", ".join(f"{share:.2%}" for share in np.mean(shares, axis=0))
-        verdict_ = "does not hold" if np.any(shares) else "holds"
-    else:
-        number = compare(settings, claim["measure"])
-        result = str(number)
-        verdict_ = verdict(number, claim["holds if"], float(claim["effect"])) if claim["effect"] else ""
-    return result, "says nothing" if claim["holds if"].startswith("says nothing") else verdict_
+    says_nothing = claim["holds if"].startswith("says nothing")
+    values = [getattr(run, claim["measure"])() for run in settings[0]]
+    if isinstance(values[0], bool):  # whether it is so in each seed
+        return f"{sum(values)} of {len(values)} seeds", "says nothing"
+    if isinstance(values[0], np.ndarray):  # Theorem 4.1: how often each layer breaks it
+        result = ", ".join(f"{share:.2%}" for share in np.mean(values, axis=0))
+        return result, "says nothing" if says_nothing else "does not hold" if np.any(values) else "holds"
+    number = compare(settings, claim["measure"])
+    return str(number), "says nothing" if says_nothing else verdict(number, claim["holds if"], float(claim["effect"]))
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
@@ -249,9 +246,9 @@ def seeds_table(claims: pd.DataFrame) -> str:
     rows = []
     for _, claim in claims[claims["effect"] != ""].iterrows():
         groups = 2 if claim["settings"].count(" | ") == 1 else 1
-        within, (effect, spread) = claim["holds if"].startswith("within"), map(float, claim[["effect", "spread"]])
-        row = claim[["number", "claim", "effect", "spread"]].to_dict()
-        rows.append(row | {"seeds": seeds_needed(effect, spread, groups, within)})
+        within = claim["holds if"].startswith("within")
+        needed = seeds_needed(float(claim["effect"]), float(claim["spread"]), groups, within)
+        rows.append(claim[["number", "claim", "effect", "spread"]].to_dict() | {"seeds": needed})
     return markdown(rows)
 
 

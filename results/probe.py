@@ -1,4 +1,4 @@
-"""What the claims need of a trained network: C4 to C6 and Theorem 4.1. reproduce.py keeps it as probe.npz."""
+"""What claims about Figs. 7 and 8, attention and Theorem 4.1 need of a network; reproduce.py keeps it as probe.npz."""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,9 @@ def risks(alpha: Tensor, values: Tensor, candidates: Tensor) -> Tensor:
     return -(cosines * alpha[..., None, :]).sum(-1)
 
 
-def violations(alpha: Tensor, values: Tensor) -> float:
-    """How often, of all attentions α (..., N), a single value (..., N, d) has a smaller risk than their consensus."""
+def share_broken(alpha: Tensor, values: Tensor) -> float:
+    """Of attentions α (..., N), how many break Theorem 4.1: a single value (..., N, d) has a smaller risk than their
+    consensus, by more than rounding."""
     consensus = risks(alpha, values, (alpha[..., None, :] @ values))
     return (risks(alpha, values, values).amin(-1) < consensus[..., 0] - 1e-5).float().mean().item()
 
@@ -35,7 +36,7 @@ def double_centred(x: np.ndarray) -> np.ndarray:
     return x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
 
 
-def broken(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor) -> dict[str, list[float]]:
+def violations(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor) -> dict[str, list[float]]:
     """Violations of Theorem 4.1 at these steps, by layer: by the network's values, and by normalised ones."""
     projected, result = [], {"violations": [], "violations_normalised": []}
     hooks = [layer.value.register_forward_hook(lambda *call: projected.append(call[2])) for layer in agent.layers]
@@ -44,8 +45,8 @@ def broken(agent: trmrl.Agent, transitions: Tensor, steps: Tensor, task: Tensor)
         hook.remove()
     for alpha, values in zip(attention, projected):
         values = values.unflatten(2, (alpha.shape[1], -1)).transpose(1, 2)  # (B, ω, N, d/ω)
-        result["violations"].append(violations(alpha, values))
-        result["violations_normalised"].append(violations(alpha, normalize(values, dim=-1)))
+        result["violations"].append(share_broken(alpha, values))
+        result["violations_normalised"].append(share_broken(alpha, normalize(values, dim=-1)))
     return result
 
 
@@ -65,9 +66,10 @@ def weighing(agent: trmrl.Agent, transitions: Tensor, error: np.ndarray) -> list
 
 @torch.no_grad()
 def probe(run: Path) -> dict[str, np.ndarray]:
-    """On the first episodes of 60 unseen tasks, by mean actions; linear models are fitted on the first 40 tasks, and
-    judged on the others. R² of models from φ and from raw transitions to v*; what broken returns; and of this network
-    and of itself before training the errors of Fig. 7, both for this network's actions, and what weighing returns."""
+    """On the first episodes of 60 unseen tasks, by mean actions. Linear models are fitted on the first 40 tasks and
+    judged on the others. Returns the R² of models from φ and from raw transitions to v*, and what violations returns;
+    for this network and, as untrained_…, for itself before training also the two errors of Fig. 7, (L + 1,), of this
+    network's actions, and what weighing returns, (L,)."""
     agent, envs, args = trmrl.load(run, test_tasks=60)
     rng = trmrl.random_stream(args.seed, "refinement")
     tasks = envs[0].sample_tasks("test", 60, rng)
@@ -76,7 +78,7 @@ def probe(run: Path) -> dict[str, np.ndarray]:
     full = steps >= args.memory_length - 1  # where no PAD is in sight
     steps, task = steps[full], task[full]
     raw, targets, fitted = trial.transitions[steps, task], tasks[task, 0], (task < 40).numpy()
-    result, others = broken(agent, trial.transitions, steps, task), targets[~fitted]
+    result, others = violations(agent, trial.transitions, steps, task), targets[~fitted]
     from_memories = guesses(agent.phi(agent.normalise(raw)), targets, fitted)
     for name, guessed in (("r2_memories", from_memories), ("r2_raw", guesses(raw, targets, fitted))):
         result[name] = 1 - np.square(others - guessed).mean() / others.var()
@@ -85,8 +87,8 @@ def probe(run: Path) -> dict[str, np.ndarray]:
     torch.manual_seed(args.seed)
     untrained = trmrl.Agent(envs[0], args)
     untrained.load_state_dict(dict(agent.named_buffers()), strict=False)
-    actions = agent.refine(trial.transitions, steps, task)[0][-1]
-    actions = agent.policy(actions).double().numpy()
+    refined, _ = agent.refine(trial.transitions, steps, task)
+    actions = agent.policy(refined[-1]).double().numpy()
     for prefix, network in (("", agent), ("untrained_", untrained)):
         memories, _ = network.refine(trial.transitions, steps, task)
         distances = [1 - cosine_similarity(memory, memories[-1]).mean() for memory in memories]

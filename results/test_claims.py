@@ -146,10 +146,9 @@ def test_probe_of_a_tiny_run(tmp_path, monkeypatch):
     monkeypatch.setattr(agent, "refine", refine)
     np.testing.assert_allclose(probe.weighing(agent, transitions, error), [1, -1])
     values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    assert probe.violations(torch.tensor([[0.4, 0.2, 0.4]]), values[None]) == 0  # the consensus is the second value
-    assert (
-        probe.violations(torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[[1.0, 0], [0, 9], [0, 9]]])) == 1
-    )  # too loud
+    assert probe.share_broken(torch.tensor([[0.4, 0.2, 0.4]]), values[None]) == 0  # the consensus is the second value
+    loud = torch.tensor([[1.0, 0.0], [0.0, 9.0], [0.0, 9.0]])  # the consensus follows two values of little weight
+    assert probe.share_broken(torch.tensor([[0.6, 0.3, 0.1]]), loud[None]) == 1
 
 
 @pytest.mark.parametrize("page, heading", [("README.md", "What was found"), ("results/README.md", "Findings")])
