@@ -44,7 +44,7 @@ import trmrl  # noqa: E402 (it is in the folder above)
 
 @dataclass
 class Args(trmrl.Args):
-    """MAML-TRPO: meta-train; at meta-test a gradient step follows each episode, and all episodes but the last act with
+    """MAML-TRPO: meta-train; at meta-test a gradient step follows each episode but the last, which alone acts without
     noise. An evaluation during training adapts from as many episodes as training does. A word in brackets opens a group
     of flags."""
 
@@ -54,7 +54,7 @@ class Args(trmrl.Args):
     init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
     min_std: float = 0.5  # [MAML] lower bound of the std before the inner step
     total_timesteps: int = 10_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
-    inner_rate: float = 0.1  # α, the rate of an inner step; at meta-test divided by the episodes before it in training
+    inner_rate: float = 0.1  # α, the rate of an inner step; at meta-test α / (half of episodes_per_trial)
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     max_kl: float = 0.03  # [TRPO] largest mean KL between the adapted policies before and after an outer step
     cg_steps: int = 10  # steps of the conjugate gradient method
