@@ -18,8 +18,9 @@ episodes each, where the paper has 20; two layers of 64 tanh units, where it has
 normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences. The std
 has a lower bound, as without noise there is no inner gradient; it is enforced after the line search, so that an outer
 step may exceed max_kl by it. At meta-test one step follows each episode, by default at a fourth of the rate, so that
-four of them go as far as training's inner step; the authors' code takes whole steps, and halves the rate after the
-first. The episodes that are adapted from act with noise there, too; only the last one acts by the mean.
+four of them go as far as training's inner step, and the five of a meta-test 1.25 times as far; the authors' code takes
+whole steps, and halves the rate after the first. The episodes that are adapted from act with noise there, too; only the
+last one acts by the mean.
 """
 
 import math
@@ -51,8 +52,8 @@ class Args(trmrl.Args):
     num_tasks: int = 10  # tasks drawn in each iteration, with one trial of each
     episodes_per_trial: int = 8  # the first half of them is adapted from, the other half follows the inner step
     d_model: int = 64  # [model] the size of each of the policy's two hidden layers
-    init_std: float = 0.5  # initial std of the policy (learned, never below min_std)
-    min_std: float = 0.5  # [MAML] lower bound of the std before the inner step
+    init_std: float = 0.5  # initial std of the policy (learned, at least min_std)
+    min_std: float = 0.5  # [MAML] lower bound of the std in θ; an inner step may go below it
     total_timesteps: int = 10_000_000  # [training] environment steps of meta-training, rounded up to whole iterations
     inner_rate: float = 0.1  # α, the rate of an inner step; at meta-test α / (half of episodes_per_trial)
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
