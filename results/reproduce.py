@@ -1,13 +1,10 @@
 """Makes every run behind README.md and results/README.md, then their figures and tables: python results/reproduce.py
 
-runs.csv lists the runs in the order of their importance, with the hours that one takes on a core. Two run at a time,
-one thread each. What is finished is skipped, what is not is resumed. results/runs keeps of each run what figures and
-tables need: python results/claims.py redraws them from there.
+runs.csv lists the runs in the order of their importance, with the hours that one takes on a core. Two run at a time.
+What is finished is skipped, what is not is resumed. results/runs keeps of each run what claims.py draws and counts.
 """
 
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,29 +28,29 @@ def make(script: str, flags: str, seed: str) -> tuple[Path, Path, list[str]]:
     home.mkdir(parents=True, exist_ok=True)
 
     def call(*arguments: object) -> None:
+        command = ["env", "OMP_NUM_THREADS=1", sys.executable, file, *map(str, arguments)]
         with open(home / "log.txt", "a") as log:
-            command = [sys.executable, file, *map(str, arguments)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
 
     if checkpoint := next(home.glob("*/checkpoint.pt"), None):
         call("--resume", checkpoint.parent)
     else:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, check=True)
-        (home / "commit.txt").write_bytes(commit.stdout)
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT)
+        (home / "commit.txt").write_bytes(commit)
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
-    is_main = flags in ENVS
-    if is_main and not flags.startswith("ML45"):
+    if flags not in ENVS:
+        return run, KEPT / name, []
+    if not flags.startswith("ML45"):
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
-    return run, KEPT / name, ["meta_test", "ood"] if is_main else []
+    return run, KEPT / name, ["meta_test", "ood"]
 
 
 def keep(run: Path, kept: Path, tests: list[str]) -> None:
     """Copies what figures and tables read; args.json comes last: then the run is kept."""
     kept.mkdir(parents=True, exist_ok=True)
     pd.read_csv(run / "progress.csv").dropna(subset="test_return").to_csv(kept / "progress.csv", index=False)
-    shown = re.fullmatch(SHOWN + r"\d+", kept.name) is not None  # of these show_median leaves but one
+    shown = kept.name.removeprefix(SHOWN).isdigit()  # of these show_median leaves but one
     if shown:
         np.savez_compressed(kept / "probe.npz", **probe(run))
     for file in [*tests, *["working_memories", "attention"] * shown, "refinement"]:
@@ -86,11 +83,9 @@ def show_median() -> None:
         shutil.copy(file, KEPT.parent / "checkpoint")
 
 
-def make_all() -> None:
-    jobs = []
-    for row in pd.read_csv(KEPT.parent / "runs.csv", dtype=str).itertuples():
-        script, flags = row.runs.split(" ", 1)
-        jobs += [(script, flags, seed, float(row.hours)) for seed in row.seeds.split()]
+if __name__ == "__main__":
+    table = pd.read_csv(KEPT.parent / "runs.csv", dtype=str).itertuples()
+    jobs = [(*row.runs.split(" ", 1), seed, float(row.hours)) for row in table for seed in row.seeds.split()]
     jobs = [job for job in jobs if not (KEPT / name_of(*job[:3]) / "args.json").exists()]
     with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
@@ -99,10 +94,6 @@ def make_all() -> None:
                 pool.shutdown(cancel_futures=True)  # what runs now runs to its end
             keep(*made.result())
             bar.update(hours[made])
-
-
-if __name__ == "__main__":
-    make_all()
     show_median()
     draw(film=True)
     write_tables()
