@@ -39,6 +39,9 @@ from tyro.conf import Fixed, Suppress
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
+LIMITED = dict(target_kl=trmrl.Args.target_kl)  # in all environments, as an update may have 10 epochs
+METAWORLD = LIMITED | dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50)
+
 
 @dataclass
 class Args(trmrl.Args):
@@ -58,11 +61,13 @@ class Args(trmrl.Args):
     vae_steps: int = 20  # gradient steps of encoder and decoder in each iteration
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
     vae_pairs: int = 25  # beliefs drawn from each of these trials, and rewards that each of them must predict
-    # The KL limit holds in all environments, as an update may have 10 epochs.
-    own_defaults = dict.fromkeys(("AntDir", "ML1-Push", "ML45-Train"), dict(target_kl=trmrl.Args.target_kl))
-    own_defaults["PointMass"] = dict(
-        num_tasks=20, total_timesteps=32_000, vae_steps=10, vae_pairs=10, vae_learning_rate=5e-3
-    )
+    own_defaults = {
+        "AntDir": LIMITED,
+        "ML1-Reach": METAWORLD,
+        "ML1-Push": METAWORLD,
+        "ML45-Train": METAWORLD | dict(total_timesteps=4_000_000),
+        "PointMass": dict(num_tasks=20, total_timesteps=32_000, vae_steps=10, vae_pairs=10, vae_learning_rate=5e-3),
+    }
 
 
 class VariBAD(trmrl.Agent):
