@@ -75,6 +75,8 @@ class Args(trmrl.Args):
     own_defaults = {
         "PointMass": dict(min_std=0.3, total_timesteps=64_000),
         "AntDir": dict(total_timesteps=4_000_000),
+        "ML1-Reach": dict(total_timesteps=8_000_000),
+        "ML1-Push": dict(total_timesteps=5_000_000),
     }
 
 
