@@ -16,8 +16,8 @@ Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO,
 Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: by default that is four
 episodes each, where the paper has 20; two layers of 64 tanh units, where it has 100 ReLUs each; advantages by GAE;
 normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences. The std
-has a lower bound, as without noise there is no inner gradient; it is enforced after the line search, so that an outer
-step may exceed max_kl by it. At meta-test one step follows each episode, by default at a fourth of the rate, so that
+has a lower bound, as without noise there is no inner gradient. The bound is enforced after the line search, so that an
+outer step may exceed max_kl. At meta-test one step follows each episode, by default at a fourth of the rate, so that
 four of them go as far as training's inner step, and the five of a meta-test 1.25 times as far; the authors' code takes
 whole steps, and halves the rate after the first. The episodes that are adapted from act with noise there, too; only the
 last one acts by the mean.

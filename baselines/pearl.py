@@ -77,6 +77,7 @@ class Args(trmrl.Args):
     own_defaults = {
         "PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9),
         "AntDir": dict(total_timesteps=4_000_000),
+        # On MetaWorld as many gradient steps for each environment step as on HalfCheetahVel.
         "ML1-Reach": dict(total_timesteps=4_000_000, gradient_steps=1250),
         "ML1-Push": dict(total_timesteps=3_000_000, gradient_steps=1250),
         "ML45-Train": dict(total_timesteps=4_000_000, gradient_steps=1250),

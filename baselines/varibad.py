@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
 LIMITED = dict(target_kl=trmrl.Args.target_kl)  # in all environments, as an update may have 10 epochs
+# As many steps of encoder and decoder for each environment step as on HalfCheetahVel, and higher learning rates.
 METAWORLD = LIMITED | dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50)
 
 
