@@ -15,13 +15,14 @@ Alg. 1, collecting data into the buffers     PEARL.collect with an Explorer, PEA
 Alg. 1, the training steps                   PEARL.update
 Alg. 2, meta-testing                         PEARL.collect with an Explorer
 
-As in the authors' code, but unlike Alg. 2, the second episode is not adapted yet, and at meta-test the context holds
-all episodes so far, though training infers z from context_size transitions of a trial's first two episodes.
+As in the authors' code, but unlike Alg. 2, the second episode is not adapted yet. At meta-test the context holds all
+episodes so far. In training it is context_size transitions of a trial's first two episodes.
 Unlike in their code: each iteration draws tasks anew, and the latest trials are the replay buffer, each with a context
 of its own; a trial's fourth episode, too, acts on a context of all before it; there is no V network, as targets come
-from the target Q-functions; the temperature is learned, and nothing else holds the policy's mean and std back; inputs
+from the target Q-functions; the temperature is learned, and there is no penalty on the policy's mean and std; inputs
 are normalised by the first iteration's moments, and rewards divided by their std; the context has s', as in the paper;
-networks and batches are smaller, gradient steps fewer and longer, and γ is lower. Actions must lie in (-1, 1).
+networks and batches are smaller; gradient steps are fewer, at a higher learning rate; γ is lower.
+Actions must lie in (-1, 1).
 """
 
 import math
@@ -77,7 +78,7 @@ class Args(trmrl.Args):
     own_defaults = {
         "PointMass": dict(total_timesteps=12_800, gradient_steps=150, batch_steps=16, gamma=0.9),
         "AntDir": dict(total_timesteps=4_000_000),
-        # On MetaWorld as many gradient steps for each environment step as on HalfCheetahVel.
+        # On MetaWorld as many gradient steps for each environment step as on HalfCheetahVel, in at most two core-hours.
         "ML1-Reach": dict(total_timesteps=4_000_000, gradient_steps=1250),
         "ML1-Push": dict(total_timesteps=3_000_000, gradient_steps=1250),
         "ML45-Train": dict(total_timesteps=4_000_000, gradient_steps=1250),
@@ -98,7 +99,7 @@ class PEARL(trmrl.Agent):
     method = "PEARL"
     refine = None  # there are no memories to analyse
     evaluation_episodes = 3
-    prior_episodes = 2  # of a trial; only they are context
+    prior_episodes = 2  # of a trial: they act on z ∼ p(z), and training draws its contexts from them alone
     replay_trials = 500
 
     def __init__(self, env, args: Args):

@@ -36,7 +36,7 @@ class RL2(trmrl.Agent):
     """π(a_t | h_t), h_t = GRU(φ(s_t, a_t-1, r_t-1, η_t-1), h_t-1). After a death h rests till the episode ends."""
 
     method = "RL2"
-    chunk = 100  # the steps that a gradient goes back; through whole trials an update takes twice as long
+    chunk = 100  # the steps that a gradient goes back; through whole trials an update takes 1.4 times as long
 
     def build(self, args: Args) -> None:
         super().build(args)

@@ -19,9 +19,9 @@ the objective: PPO, then the ELBO over a buffer          VariBAD.update
 The belief is carried through all episodes of a trial, as in the paper. As in the authors' code, m decodes rewards
 alone; the first belief is that of a zero state, so that s_0 is not encoded; and the policy's gradient does not reach
 the encoder, so that the objective needs no weight λ. Unlike in their code: networks, buffer and the number of
-(t, reward) pairs are smaller; one layer embeds s, a and r together, and the decoder has none; rewards are normalised,
-and kept within input_limit; the policy sees the belief's std instead of its log-variance; the gradients of encoder and
-decoder are clipped, and their learning rate is annealed; PPO is trmrl.py's, without a bonus for entropy.
+(t, reward) pairs are smaller; one layer embeds s, a and r together, and the decoder has no such layer; rewards are
+normalised, and kept within input_limit; the policy sees the belief's std instead of its log-variance; the gradients of
+encoder and decoder are clipped, and their learning rate is annealed; PPO is trmrl.py's, without a bonus for entropy.
 """
 
 import sys
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
 LIMITED = dict(target_kl=trmrl.Args.target_kl)  # in all environments, as an update may have 10 epochs
-# As many steps of encoder and decoder for each environment step as on HalfCheetahVel, and higher learning rates.
+# On ML1 as many VAE steps for each environment step as on HalfCheetahVel. ML45-Train's length takes two core-hours.
 METAWORLD = LIMITED | dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50)
 
 
@@ -57,7 +57,7 @@ class Args(trmrl.Args):
     heads: Suppress[Fixed[int]] = 1
     t_fixup: Suppress[Fixed[bool]] = False
     latent_size: int = 5  # [VAE] how many numbers m has, the latent variable that stands for the task
-    kl_weight: float = 0.002  # weight of the KL of successive beliefs; the authors' 0.1 is beside sums of 50 errors
+    kl_weight: float = 0.002  # weight of the KL of successive beliefs; the authors' 0.1 goes with sums of 50 errors
     vae_learning_rate: float = 1e-3  # Adam's learning rate for encoder and decoder
     vae_steps: int = 20  # gradient steps of encoder and decoder in each iteration
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
