@@ -35,8 +35,7 @@ def make(script: str, flags: str, seed: str) -> tuple[Path, Path, list[str]]:
     if checkpoint := next(home.glob("*/checkpoint.pt"), None):
         call("--resume", checkpoint.parent)
     else:
-        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT)
-        (home / "commit.txt").write_bytes(commit)
+        (home / "commit.txt").write_bytes(subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT))
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
     if flags not in ENVS:
@@ -58,6 +57,8 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
             arrays = dict(np.load(run / f"{file}.npz"))
             if not (shown and file == "meta_test"):
                 arrays.pop("observations", None)
+            if file == "ood":  # of which figures show returns alone
+                arrays["rewards"] = arrays["rewards"].sum(axis=2, keepdims=True)
             for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # two decimals keep the files small
                 arrays[name] = arrays[name].round(2)
             np.savez_compressed(kept / f"{file}.npz", **arrays)
