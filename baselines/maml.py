@@ -17,10 +17,10 @@ Half of a trial's episodes come before the inner step, half after it. Unlike in 
 episodes each, where the paper has 20; two layers of 64 tanh units, where it has 100 ReLUs each; advantages by GAE;
 normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences. The std
 has a lower bound, as without noise there is no inner gradient. The bound is enforced after the line search, so that an
-outer step may exceed max_kl. At meta-test one step follows each episode, by default at a fourth of the rate. So
-four of them go as far as training's inner step, and the five of a meta-test 1.25 times as far. The authors' code takes
-a whole step first, then halves the rate. The episodes that are adapted from act with noise there, too; only the
-last one acts by the mean.
+outer step may exceed max_kl. At meta-test one step follows each episode, by default at a fourth of the rate. So four of
+them go as far as training's inner step, and the five of a meta-test 1.25 times as far. The authors' code takes a whole
+step first, then halves the rate. The episodes that are adapted from act with noise there, too; only the last one acts
+by the mean.
 """
 
 import math
