@@ -225,7 +225,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
         ends = part.groupby("setting")["x"].max()
         if not few and ends.max() > 3 * ends.min():  # some methods train for far longer than others
-            axes.set_xscale("log")
+            axes.set(xscale="log", xlabel=f"{xlabel}, log scale")
     for axes in grid.flat[len(panels) + empty :]:
         axes.remove()
     handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
