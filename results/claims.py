@@ -23,6 +23,7 @@ import plot  # noqa: E402 (it is in the folder above)
 METHODS = {"trmrl": "TrMRL", "rl2": "RL²", "varibad": "VariBAD", "pearl": "PEARL", "maml": "MAML"}
 SCORED = {"PEARL": slice(2, None), "MAML": slice(5, None)}  # episodes after adapting; the other methods adapt at once
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
+VERDICTS = ("holds", "does not hold", "at most small", "open", "not run", "says nothing")
 MAIN = ENVS[0]  # also the flags of its main runs
 CHEETAH = "HalfCheetahVel --heads 4"  # the default when its ablations were made
 CHEETAH_4M = "HalfCheetahVel --total-timesteps 4000000 --heads 4"
@@ -252,27 +253,20 @@ def seeds_table(claims: pd.DataFrame) -> str:
     return markdown(rows)
 
 
-def with_verdict(claims: pd.DataFrame, verdict: str) -> pd.DataFrame:
-    return claims[claims["verdict"] == verdict]
-
-
 def decided_table(claims: pd.DataFrame) -> str:
-    decided = pd.concat([with_verdict(claims, verdict) for verdict in ("holds", "does not hold")])
+    decided = pd.concat([claims[claims["verdict"] == verdict] for verdict in VERDICTS[:2]])
     return markdown(decided[["verdict", "number", "claim", "measured", "result"]].to_dict("records"))
 
 
 def verdicts(claims: pd.DataFrame) -> str:
     papers = claims[claims["number"] != "ours"]
-    held, failed = ("; ".join(with_verdict(papers, verdict)["claim"]) for verdict in ("holds", "does not hold"))
-    holds, fails, small, still_open, missing, empty = (
-        len(with_verdict(papers, verdict))
-        for verdict in ("holds", "does not hold", "at most small", "open", "not run", "says nothing")
-    )
+    names = {verdict: list(papers["claim"][papers["verdict"] == verdict]) for verdict in VERDICTS}
+    holds, fails, small, still_open, missing, empty = map(len, names.values())
     return (
-        f"Of {len(papers)} claims of the paper that we checked, {holds} hold: {held}. {fails} do not hold: {failed}. "
-        f"In {small} the difference is at most small, less than a tenth of what training gains. {still_open} stay open "
-        f"with these seeds, and {missing} await their runs. {empty} could not have come out otherwise, so they say "
-        f"nothing.\n"
+        f"Of {len(papers)} claims of the paper that we checked, {holds} hold: {'; '.join(names['holds'])}. {fails} do "
+        f"not hold: {'; '.join(names['does not hold'])}. In {small} the difference is at most small, less than a tenth "
+        f"of what training gains. {still_open} stay open with these seeds, and {missing} await their runs. {empty} "
+        f"could not have come out otherwise, so they say nothing.\n"
     )
 
 
