@@ -221,7 +221,9 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
     for axes, ((env, quantity), part) in zip(grid.flat, panels):
         style = dict(hue="setting", palette=dict(zip(part["setting"], part["colour"])), legend=False, ax=axes)
         sns.lineplot(part, x="x", y="y", errorbar=interval, marker="o" if few or len(part) < 9 else None, **style)
-        axes.set(title=env, xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
+        seeds = ", ".join(str(part["seed"][part["setting"] == setting].nunique()) for setting in colours)
+        axes.set_title(f"{env} (seeds: {seeds})")
+        axes.set(xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
         axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
         ends = part.groupby("setting")["x"].max()
         if not few and ends.max() > 3 * ends.min():  # some methods train for far longer than others
@@ -230,8 +232,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         axes.remove()
     handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper left" if above else "outside right upper", frameon=False)
-    seeds = ", ".join(str(n) for n in sorted(set(table.groupby(["env", "setting"])["seed"].nunique())))
-    figure.supxlabel(f"number of seeds: {seeds}; 95 % intervals from three on", fontsize="small", color="gray")
+    figure.supxlabel("seeds in the legend's order; 95 % intervals from three on", fontsize="small", color="gray")
     return figure
 
 

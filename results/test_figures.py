@@ -73,8 +73,7 @@ class TestFigures:
         folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
         figure = plot.FIGURES["meta_training"][1](plot.load_runs(folders, []))
         (axes,) = figure.axes
-        assert axes.get_title() == "HalfCheetahVel" and axes.get_ylabel() == "return of an episode"
-        assert "number of seeds: 3;" in figure.get_supxlabel()
+        assert axes.get_title() == "HalfCheetahVel (seeds: 3)" and axes.get_ylabel() == "return of an episode"
         assert [label.get_text() for legend in figure.legends for label in legend.get_texts()] == ["TrMRL"]
         assert axes.lines[0].get_xdata() == pytest.approx(np.array([1, 4, 7, 10]) / 1e4)
         returns = [progress(folder)["test_return"].dropna() for folder in folders]
@@ -91,6 +90,13 @@ class TestFigures:
         late = table.query("seed == 30")
         expected = np.interp(1e6 * late["x"], [130, 430, 730, 1030], progress(reach[1])["test_success"].dropna())
         assert late["y"].to_numpy() == pytest.approx(expected)
+
+    def test_titles_count_the_seeds_of_each_curve(self, tmp_path):
+        folders = [fake_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+        folders += [fake_run(tmp_path / "rl2", method="RL2"), fake_run(tmp_path / "ant", env="AntDir", method="RL2")]
+        figure = plot.FIGURES["meta_training"][1](plot.load_runs(folders, []))
+        titles = [axes.get_title() for axes in figure.axes]
+        assert titles == ["HalfCheetahVel (seeds: 2, 1)", "AntDir (seeds: 0, 1)"]
 
     def test_many_settings_leave_the_panels_their_size(self, tmp_path):
         folders = [fake_run(tmp_path / f"{n}", layers=n, learning_rate=n / 1e4, minibatch_size=n) for n in range(1, 13)]
