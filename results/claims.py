@@ -264,7 +264,7 @@ def verdicts(claims: pd.DataFrame) -> str:
     holds, fails, small, still_open, missing, empty = map(len, names.values())
     return (
         f"Of {len(papers)} claims of the paper that we checked, {holds} hold: {'; '.join(names['holds'])}. {fails} do "
-        f"not hold: {'; '.join(names['does not hold'])}. In {small} the claimed lead is small at most, less than a "
+        f"not hold: {'; '.join(names['does not hold'])}. In {small} the claimed lead is at most small, less than a "
         f"tenth of what training gains. {still_open} stay open with these seeds, and {missing} await their runs. "
         f"{empty} could not have come out otherwise, so they say nothing.\n"
     )
