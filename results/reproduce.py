@@ -38,11 +38,10 @@ def make(script: str, flags: str, seed: str) -> tuple[Path, Path, list[str]]:
         (home / "commit.txt").write_bytes(subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT))
         call("--env", *flags.split(), "--seed", seed, "--runs-dir", home.relative_to(ROOT))
     run = next(home.glob("*/checkpoint.pt")).parent
-    if flags not in ENVS:
-        return run, KEPT / name, []
-    if not flags.startswith("ML45"):
+    tests = ["meta_test", "ood"] if flags in ENVS else []
+    if tests and not flags.startswith("ML45"):
         call("--test", run, "--test-tasks", 50 if flags.startswith("ML1") else 100)
-    return run, KEPT / name, ["meta_test", "ood"]
+    return run, KEPT / name, tests
 
 
 def keep(run: Path, kept: Path, tests: list[str]) -> None:
@@ -57,9 +56,10 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
             arrays = dict(np.load(run / f"{file}.npz"))
             if not (shown and file == "meta_test"):
                 arrays.pop("observations", None)
-            if file == "ood":  # of which figures show returns alone
-                arrays["rewards"] = arrays["rewards"].sum(axis=2, keepdims=True)
-            for name in arrays.keys() & {"rewards", "observations", "embedding"}:  # two decimals keep the files small
+            if file in tests:  # of the rewards the mean over tasks is kept, and of each task the returns
+                arrays["returns"] = arrays["rewards"].sum(axis=2).round(1)
+                arrays["rewards"] = arrays["rewards"].mean(axis=0, keepdims=True)
+            for name in arrays.keys() & {"observations", "embedding"}:  # two decimals keep the files small
                 arrays[name] = arrays[name].round(2)
             np.savez_compressed(kept / f"{file}.npz", **arrays)
     args = json.loads((run / "args.json").read_text())
