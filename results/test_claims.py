@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import claims  # noqa: E402 (they are beside this file)
 import probe  # noqa: E402
+import reproduce  # noqa: E402
 from test_figures import fake_run  # noqa: E402
 
 from test_trmrl import run as trained  # noqa: E402
@@ -71,6 +72,19 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
     assert verdicts["the return is high from the first episode on"] == "open"  # one seed decides nothing
     assert verdicts["Theorem 4.1, with the network's own values, which are not normalised"] == "does not hold"
     assert verdicts["TrMRL ends above RL² on HalfCheetahVel"] == "not run"
+
+
+def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
+    run = kept / "pearl-HalfCheetahVel-s1"
+    (kept / "commit.txt").write_text("1234567")  # which reproduce.py writes beside a run
+    np.savez(run / "refinement.npz", **dict.fromkeys(ERRORS, np.ones(5)))
+    reproduce.keep(run, tmp_path / run.name, ["meta_test", "ood"])
+    whole, short = claims.Run(run), claims.Run(tmp_path / run.name)
+    for measure in ("first", "ood", "adapted", "later", "final", "area"):
+        assert getattr(short, measure)() == pytest.approx(getattr(whole, measure)()), measure
+    for split in ("meta_test", "ood"):
+        returns = whole.files[split]["rewards"].sum(2)  # of each task and episode
+        assert short.files[split]["returns"] == pytest.approx(returns, abs=0.051)
 
 
 def test_intervals_are_students_and_welchs():
