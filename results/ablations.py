@@ -1,6 +1,6 @@
-"""What the ablations need and trmrl.py has no flag for: python results/ablations.py --env HalfCheetahVel --layer-norm
+"""TrMRL with flags that only ablations need: python results/ablations.py --env HalfCheetahVel --layer-norm
 
-All else, flags and the run's folder included, is trmrl.py's.
+Everything else is trmrl.py's: its other flags, its training and what a run writes.
 """
 
 import sys
@@ -27,6 +27,10 @@ class Args(trmrl.Args):
 
 
 class Ablation(trmrl.Agent):
+    """TrMRL, changed by the flags above. Its method has another name, so that trmrl.py does not go on with its runs."""
+
+    method = "Ablation"
+
     def build(self, args: Args) -> None:
         super().build(replace(args, t_fixup=False))  # Xavier, with LayerNorm
         if not args.layer_norm:
@@ -37,22 +41,27 @@ class Ablation(trmrl.Agent):
         self.plain, self.authors_token = args.plain, args.authors_token
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        return transitions.clone() if self.plain else super().normalise(transitions)
+        if self.plain:
+            return transitions.clone()  # working_memories writes PADs into what it gets
+        return super().normalise(transitions)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """With the authors' token, of transitions that have the last step's a, r and η, none at an episode's start."""
+        """Shapes as in trmrl.py. With the authors' token each step has the a, r and η of the step before it, and an
+        episode's first step has zeros."""
         if self.authors_token:
             previous = transitions.roll(1, dims=0)
-            previous[: -1 : self.horizon] = 0
+            previous[: -1 : self.horizon] = 0  # not in the last row, which still belongs to the last episode
             previous[..., : self.num_observations] = transitions[..., : self.num_observations]
             transitions = previous
         return super().refine(transitions, t, task)
 
     def working_memories(self, windows: Tensor) -> Tensor:
-        return self.phi(self.normalise(windows)) if self.authors_token else super().working_memories(windows)
+        if self.authors_token:
+            return self.phi(self.normalise(windows))  # the current token has no PADs
+        return super().working_memories(windows)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """With plain, the objective is that of the advantages as they were before ppo_update normalised them."""
+        """As trmrl.py's. ppo_update normalises advantages; with plain, the objective takes that back."""
         if not args.plain:
             return super().update(optimizer, trial, args, rng, left)
         advantages = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)[0][trial.valid]
