@@ -1,10 +1,10 @@
-"""TrMRL with flags that only ablations need: python results/ablations.py --env HalfCheetahVel --layer-norm
+"""TrMRL with flags that only ablations need: python results/ablations.py --env HalfCheetahVel --swap-layer-norm
 
 Everything else is trmrl.py's: its other flags, its training and what a run writes.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,12 +18,11 @@ import trmrl  # noqa: E402 (it is in the folder above)
 
 @dataclass
 class Args(trmrl.Args):
-    """TrMRL's ablations: meta-train, then meta-test with frozen weights."""
+    """TrMRL's ablations: meta-train, then meta-test with frozen weights. A word in brackets opens a group of flags."""
 
-    t_fixup: bool = True  # initialise by T-Fixup (Sec. 3.3), else by Xavier, with or without LayerNorm
-    layer_norm: bool = False  # LayerNorm after each block, as Vaswani et al. (2017) have it
-    plain: bool = False  # inputs and advantages are not normalised, as in the authors' code
-    authors_token: bool = False  # the current token is (s_t, a_{t-1}, r_{t-1}, η_{t-1}), as in the authors' code
+    swap_layer_norm: bool = False  # [ablations] with T-Fixup LayerNorm too, or with --no-t-fixup none: Xavier alone
+    plain: bool = False  # inputs are not normalised or clipped, and advantages not normalised, as in the authors' code
+    authors_token: bool = False  # a token is (s_t, a_{t-1}, r_{t-1}, η_{t-1}), as in the authors' code, without PADs
 
 
 class Ablation(trmrl.Agent):
@@ -32,22 +31,19 @@ class Ablation(trmrl.Agent):
     method = "Ablation"
 
     def build(self, args: Args) -> None:
-        super().build(replace(args, t_fixup=False))  # Xavier, with LayerNorm
-        if not args.layer_norm:
+        super().build(args)
+        if args.swap_layer_norm:
+            norm = nn.LayerNorm if args.t_fixup else nn.Identity  # trmrl.py has the other one
             for layer in self.layers:
-                layer.attention_norm, layer.feed_forward_norm = nn.Identity(), nn.Identity()
-        if args.t_fixup:
-            trmrl.t_fixup_(self.phi, self.layers)
+                layer.attention_norm, layer.feed_forward_norm = norm(args.d_model), norm(args.d_model)
         self.plain, self.authors_token = args.plain, args.authors_token
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        if self.plain:
-            return transitions.clone()  # working_memories writes PADs into what it gets
-        return super().normalise(transitions)
+        return transitions if self.plain else super().normalise(transitions)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Shapes as in trmrl.py. With the authors' token each step has the a, r and η of the step before it, and an
-        episode's first step has zeros."""
+        episode's first step has zeros. The embeddings that are stored for Fig. 8 still have the paper's tokens."""
         if self.authors_token:
             previous = transitions.roll(1, dims=0)
             previous[: -1 : self.horizon] = 0  # not in the last row, which still belongs to the last episode
@@ -61,7 +57,7 @@ class Ablation(trmrl.Agent):
         return super().working_memories(windows)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """As trmrl.py's. ppo_update normalises advantages; with plain, the objective takes that back."""
+        """As trmrl.py's. ppo_update normalises advantages; with plain the objective undoes that, by its mean and std."""
         if not args.plain:
             return super().update(optimizer, trial, args, rng, left)
         advantages = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)[0][trial.valid]
