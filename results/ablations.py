@@ -57,7 +57,7 @@ class Ablation(trmrl.Agent):
         return super().working_memories(windows)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """As trmrl.py's. ppo_update normalises advantages; with plain the objective undoes that, by its mean and std."""
+        """As trmrl.py's. ppo_update normalises advantages; with plain the objective undoes that, by mean and std."""
         if not args.plain:
             return super().update(optimizer, trial, args, rng, left)
         advantages = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)[0][trial.valid]
