@@ -39,9 +39,9 @@ from tyro.conf import Fixed, Suppress
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
-LIMITED = dict(target_kl=trmrl.Args.target_kl)  # in all environments, as an update may have 10 epochs
 # On ML1 as many VAE steps for each environment step as on HalfCheetahVel. ML45-Train's length takes two core-hours.
-METAWORLD = LIMITED | dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50)
+# Inputs are as on HalfCheetahVel, and there is a KL limit everywhere, as an update may have 10 epochs.
+METAWORLD = dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50, input_limit=3.0, target_kl=0.04)
 
 
 @dataclass
@@ -63,7 +63,6 @@ class Args(trmrl.Args):
     vae_trials: int = 20  # trials in such a step, drawn from the latest 400
     vae_pairs: int = 25  # beliefs drawn from each of these trials, and rewards that each of them must predict
     own_defaults = {
-        "AntDir": LIMITED,
         "ML1-Reach": METAWORLD,
         "ML1-Push": METAWORLD,
         "ML45-Train": METAWORLD | dict(total_timesteps=4_000_000),
