@@ -568,13 +568,12 @@ class MetaWorld(gymnasium.Env):
 ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir, "ML45-Train": MetaWorld}
 ENVS |= {"ML1-Reach": lambda seed: MetaWorld(seed, "reach-v3"), "ML1-Push": lambda seed: MetaWorld(seed, "push-v3")}
 LONG = dict(heads=4, learning_rate=7e-4, minibatch_size=400, update_epochs=10)  # more and larger gradient steps
-METAWORLD = LONG | dict(init_std=1.0, input_limit=5.0)  # the first rewards are up to 5 std below the mean
 DEFAULTS = {  # Args has HalfCheetahVel's values; results/tuning.md has the reasons for these
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": LONG | dict(num_tasks=10, total_timesteps=4_000_000),
-    "ML1-Reach": METAWORLD | dict(memory_length=10, update_epochs=3, total_timesteps=4_000_000),
-    "ML1-Push": METAWORLD | dict(target_kl=None, total_timesteps=3_000_000),
-    "ML45-Train": METAWORLD | dict(num_tasks=25, target_kl=None, total_timesteps=6_000_000, test_tasks=45),
+    "ML1-Reach": LONG | dict(init_std=1.0, memory_length=10, update_epochs=3, total_timesteps=4_000_000),
+    "ML1-Push": LONG | dict(init_std=1.0, target_kl=None, total_timesteps=3_000_000),
+    "ML45-Train": LONG | dict(init_std=1.0, num_tasks=25, target_kl=None, total_timesteps=6_000_000, test_tasks=45),
 }
 
 

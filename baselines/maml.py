@@ -75,9 +75,8 @@ class Args(trmrl.Args):
     own_defaults = {
         "PointMass": dict(min_std=0.3, total_timesteps=64_000),
         "AntDir": dict(init_std=0.3, min_std=0.1, total_timesteps=4_000_000),  # noise in eight actions costs much
-        # Here and on ML1-Push, what two core-hours are enough for, and inputs as on HalfCheetahVel.
-        "ML1-Reach": dict(total_timesteps=8_000_000, input_limit=3.0),
-        "ML1-Push": dict(total_timesteps=5_000_000, input_limit=3.0),
+        "ML1-Reach": dict(total_timesteps=8_000_000),  # here and on ML1-Push, what two core-hours are enough for
+        "ML1-Push": dict(total_timesteps=5_000_000),
     }
 
 

@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
 # On ML1 as many VAE steps for each environment step as on HalfCheetahVel. ML45-Train's length takes two core-hours.
-# Inputs are as on HalfCheetahVel, and there is a KL limit everywhere, as an update may have 10 epochs.
-METAWORLD = dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50, input_limit=3.0, target_kl=0.04)
+# There is a KL limit in all environments, as an update may have 10 epochs.
+METAWORLD = dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50, target_kl=trmrl.Args.target_kl)
 
 
 @dataclass
