@@ -567,7 +567,7 @@ class MetaWorld(gymnasium.Env):
 
 ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir, "ML45-Train": MetaWorld}
 ENVS |= {"ML1-Reach": lambda seed: MetaWorld(seed, "reach-v3"), "ML1-Push": lambda seed: MetaWorld(seed, "push-v3")}
-LONG = dict(heads=4, learning_rate=7e-4, minibatch_size=400, update_epochs=10)  # more and larger gradient steps
+LONG = dict(heads=4, learning_rate=7e-4, minibatch_size=400, update_epochs=10)  # for what takes longer to learn
 DEFAULTS = {  # Args has HalfCheetahVel's values; results/tuning.md has the reasons for these
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
     "AntDir": LONG | dict(num_tasks=10, total_timesteps=4_000_000),

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trmrl  # noqa: E402 (it is in the folder above)
 
 # On ML1 as many VAE steps for each environment step as on HalfCheetahVel. ML45-Train's length takes two core-hours.
-# There is a KL limit in all environments, as an update may have 10 epochs.
+# The KL limit holds in all environments, as an update may have 10 epochs.
 METAWORLD = dict(learning_rate=2e-3, vae_learning_rate=3e-3, vae_steps=50, target_kl=trmrl.Args.target_kl)
 
 

@@ -20,7 +20,7 @@ import trmrl  # noqa: E402 (it is in the folder above)
 class Args(trmrl.Args):
     """TrMRL's ablations: meta-train, then meta-test with frozen weights. A word in brackets opens a group of flags."""
 
-    swap_layer_norm: bool = False  # [ablations] with T-Fixup LayerNorm too, or with --no-t-fixup none: Xavier alone
+    swap_layer_norm: bool = False  # [ablations] T-Fixup gets LayerNorm, and --no-t-fixup, which is Xavier, loses it
     plain: bool = False  # inputs are not normalised or clipped, and advantages not normalised, as in the authors' code
     authors_token: bool = False  # a token is (s_t, a_{t-1}, r_{t-1}, η_{t-1}), as in the authors' code, without PADs
 
@@ -57,7 +57,7 @@ class Ablation(trmrl.Agent):
         return super().working_memories(windows)
 
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
-        """As trmrl.py's. ppo_update normalises advantages; with plain the objective undoes that, by mean and std."""
+        """As trmrl.py's. With plain, the objective undoes ppo_update's normalisation, by the same mean and std."""
         if not args.plain:
             return super().update(optimizer, trial, args, rng, left)
         advantages = trmrl.advantages_and_returns(trial, args.gamma, args.gae_lambda)[0][trial.valid]
