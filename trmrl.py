@@ -573,7 +573,9 @@ DEFAULTS = {  # Args has HalfCheetahVel's values; results/tuning.md has the reas
     "AntDir": LONG | dict(num_tasks=10, total_timesteps=4_000_000),
     "ML1-Reach": LONG | dict(init_std=1.0, memory_length=10, update_epochs=3, total_timesteps=4_000_000),
     "ML1-Push": LONG | dict(init_std=1.0, target_kl=None, total_timesteps=3_000_000),
-    "ML45-Train": LONG | dict(init_std=1.0, num_tasks=25, target_kl=None, total_timesteps=6_000_000, test_tasks=45),
+    "ML45-Train": dict(
+        heads=4, init_std=1.0, num_tasks=25, update_epochs=6, target_kl=None, total_timesteps=9_000_000, test_tasks=45
+    ),
 }
 
 
