@@ -567,12 +567,12 @@ class MetaWorld(gymnasium.Env):
 
 ENVS = {"PointMass": PointMass, "HalfCheetahVel": HalfCheetahVel, "AntDir": AntDir, "ML45-Train": MetaWorld}
 ENVS |= {"ML1-Reach": lambda seed: MetaWorld(seed, "reach-v3"), "ML1-Push": lambda seed: MetaWorld(seed, "push-v3")}
-LONG = dict(heads=4, learning_rate=7e-4, minibatch_size=400, update_epochs=10)  # for what takes longer to learn
+ANT_AND_ML1 = dict(heads=4, learning_rate=7e-4, minibatch_size=400, update_epochs=10)
 DEFAULTS = {  # Args has HalfCheetahVel's values; results/tuning.md has the reasons for these
     "PointMass": dict(num_tasks=40, layers=2, d_model=16, gamma=0.9, learning_rate=3e-3, total_timesteps=64_000),
-    "AntDir": LONG | dict(num_tasks=10, total_timesteps=4_000_000),
-    "ML1-Reach": LONG | dict(init_std=1.0, memory_length=10, update_epochs=3, total_timesteps=4_000_000),
-    "ML1-Push": LONG | dict(init_std=1.0, target_kl=None, total_timesteps=3_000_000),
+    "AntDir": ANT_AND_ML1 | dict(num_tasks=10, total_timesteps=4_000_000),
+    "ML1-Reach": ANT_AND_ML1 | dict(init_std=1.0, memory_length=10, update_epochs=3, total_timesteps=4_000_000),
+    "ML1-Push": ANT_AND_ML1 | dict(init_std=1.0, target_kl=None, total_timesteps=3_000_000),
     "ML45-Train": dict(
         heads=4, init_std=1.0, num_tasks=25, update_epochs=6, target_kl=None, total_timesteps=9_000_000, test_tasks=45
     ),
