@@ -1,8 +1,7 @@
 """RL² (Duan et al. 2016; Wang et al. 2017), the closest baseline (Sec. 5): a GRU in the transformer's place.
 
-Its state is carried through all episodes of a trial. Tasks, trials, PPO, normalisation and meta-tests are trmrl.py's.
-
-    python baselines/rl2.py --env HalfCheetahVel     the same flags, where they mean something; the same run folder
+Its state is carried through all episodes of a trial. Tasks, trials, PPO, normalisation and meta-tests are trmrl.py's,
+and so are the flags, where they mean something, and the run folder: python baselines/rl2.py --env HalfCheetahVel
 """
 
 import sys
@@ -21,15 +20,16 @@ import trmrl  # noqa: E402 (it is in the folder above)
 class Args(trmrl.Args):
     """RL²: meta-train, then meta-test with frozen weights. A word in brackets opens a group of flags."""
 
-    learning_rate: float = 1e-3  # Adam's learning rate
+    d_model: int = 64  # d, the size of an embedding and of the state
+    learning_rate: float = 2e-3  # Adam's learning rate
     update_epochs: int = 6  # an update passes over the iteration's trials at most this many times
     minibatch_size: int = 800  # steps of a minibatch, drawn from all trials, each of which it runs through whole
     memory_length: Suppress[Fixed[int]] = 1
     layers: Suppress[Fixed[int]] = 1
     heads: Suppress[Fixed[int]] = 1
     t_fixup: Suppress[Fixed[bool]] = False
-    own_defaults = {"PointMass": dict(total_timesteps=80_000, minibatch_size=400, learning_rate=4e-3, target_kl=None)}
-    own_defaults["HalfCheetahVel"] = dict(learning_rate=2e-3, d_model=64)
+    own_defaults = {"PointMass": dict(minibatch_size=400, target_kl=None), "ML1-Reach": dict(input_limit=10.0)}
+    own_defaults |= {"ML1-Push": dict(input_limit=10.0), "ML45-Train": dict(input_limit=10.0, minibatch_size=2000)}
 
 
 class RL2(trmrl.Agent):
