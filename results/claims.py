@@ -342,6 +342,15 @@ def write_seeds() -> None:
     pd.DataFrame(rows).to_csv(KEPT.parent / "seeds.csv", index=False)
 
 
+def draw_ablation(runs: list[plot.Run]) -> plot.plt.Figure:
+    """Learning curves. Those of HalfCheetahVel start near −300, but are told apart above −150 only."""
+    figure = plot.draw_curves(plot.learning_curves(runs), "million environment steps")
+    for axes in figure.axes:
+        if axes.get_title().startswith(MAIN):
+            axes.set_ylim(-150, 0)
+    return figure
+
+
 def draw(film: bool = False) -> None:
     """Every figure from the kept runs, into results/figures."""
     names = "|".join(name_of(script, env, 0)[:-3] for script in METHODS for env in ENVS)
@@ -360,11 +369,7 @@ def draw(film: bool = False) -> None:
     plot.draw_all(matching(rf"({names})-s\d+"), out, film)
     for flag, pattern in figures.items():
         if members := plot.ablations(matching(pattern)).get(flag):
-            figure = plot.draw_curves(plot.learning_curves(members), "million environment steps")
-            for axes in figure.axes:
-                if axes.get_title() == "HalfCheetahVel":
-                    axes.set_ylim(-150, 0)  # all but N = 1 start near -300
-            plot.write(out / f"ablation_{flag}.png", figure.savefig)
+            plot.write(out / f"ablation_{flag}.png", draw_ablation(members).savefig)
 
 
 def write_tables() -> None:

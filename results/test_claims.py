@@ -74,6 +74,13 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
     assert verdicts["TrMRL ends above RL² on HalfCheetahVel"] == "not run"
 
 
+def test_ablations_of_the_cheetah_are_drawn_above_150(tmp_path):
+    folders = [fake_run(tmp_path / f"{layers}", layers=layers) for layers in (4, 12)]
+    folders += [fake_run(tmp_path / "ant", env="AntDir")]
+    cheetah, ant = claims.draw_ablation(claims.plot.load_runs(folders, [])).axes
+    assert cheetah.get_ylim() == (-150, 0) and ant.get_ylim() != (-150, 0)
+
+
 def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
     run = kept / "pearl-HalfCheetahVel-s1"
     (kept / "commit.txt").write_text("1234567")  # which reproduce.py writes beside a run
