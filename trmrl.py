@@ -60,7 +60,7 @@ class Args:
     memory_length: int = 5  # N, the number of working memories, the current one included (Sec. 4.1)
     layers: int = 4  # L, the transformer layers, each of which refines the episodic memory once (Eq. 6)
     heads: int = 2  # ω, the attention heads (Eq. 1); a divisor of d_model
-    t_fixup: bool = True  # initialise by T-Fixup, no LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
+    t_fixup: bool = True  # T-Fixup without LayerNorm (Sec. 3.3); else Xavier layers with LayerNorm (Fig. 10)
     init_std: float = 0.3  # initial std of the policy (learned, never above this)
     input_limit: float = 3.0  # normalised inputs are clipped to ± this many standard deviations
     min_input_std: float = 0.5  # an input that varies less is divided by this instead of its own std
@@ -72,7 +72,7 @@ class Args:
     clip_coef: float = 0.2  # the probability ratio is clipped to 1 ± this
     update_epochs: int = 3  # passes of an update over the iteration's trials, fewer if target_kl ends it
     minibatch_size: int = 200  # steps of a minibatch, drawn from all tasks
-    target_kl: float | None = 0.04  # an update ends when its mean KL exceeds this, or its last 5 minibatches' 5 × this
+    target_kl: float | None = 0.04  # an update ends if its minibatches' mean KL exceeds this, or the last 5's 5 × this
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm if it is larger
     eval_interval: int = 10  # [evaluation] an evaluation on test and OOD tasks every this many iterations
     test_tasks: int = 20  # tasks of a meta-test (Sec. 5.2); the refinement analysis takes 1.5 times as many
@@ -81,7 +81,7 @@ class Args:
     runs_dir: str = "runs"  # the folder in which the run's own folder is made
     device: str = "cpu"  # where the network is trained, as torch names it; acting is always on the CPU
     resume: str | None = None  # a run's folder: go on from its checkpoint
-    test: str | None = None  # a run's folder: repeat its meta-tests, over their files; another --seed gives other tasks
+    test: str | None = None  # a run's folder: repeat its meta-tests, replacing their files; --seed gives other tasks
 
 
 class UserError(Exception): ...  # a mistake in what the user asked for: printed as one line, the exit code is 2
@@ -127,7 +127,7 @@ def t_fixup_(phi: nn.Linear, layers: nn.ModuleList) -> None:
     """T-Fixup (Sec. 3.3), in place, of layers that start as Xavier. The N of the paper's 0.67 N^(-1/4) is L here.
     As in Huang et al. (2020) and unlike the paper, queries and keys stay Xavier and the embedding is × (9 L)^(-1/4)."""
     L = len(layers)
-    nn.init.normal_(phi.weight, std=phi.out_features**-0.5)
+    nn.init.normal_(phi.weight, std=phi.out_features**-0.5)  # the paper's N(0, d^(-1/2)) names the std
     phi.weight *= (9 * L) ** -0.25
     for layer in layers:
         for linear in (layer.value, layer.output, layer.feed_forward_in, layer.feed_forward_out):
@@ -152,18 +152,19 @@ class Trial:
     """E episodes of H steps of each of n tasks, one after the other: T = E · H steps."""
 
     transitions: Tensor  # (T + 1, n, S + A + 2), rows (s, a, r, η); the last has the s after the trial, and zeros
-    a: Tensor  # (T, n, A)
+    a: Tensor  # (T, n, A), those of transitions, as the next one
     r: Tensor  # (T, n)
     log_probs: Tensor  # (T, n), log π(a | s, memory) when a was drawn
     values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
-    valid: Tensor  # (T, n), False from the step after a death to the end of its episode, where s, a, r and η are 0
+    valid: Tensor  # (T, n), False after a death till its episode ends: there s, a, r and η are 0, the rest meaningless
     success: Tensor  # (T, n), 1 or 0; NaN where not valid, or where the environment does not say
 
 
 def retrieve(transitions: Tensor, t: Tensor, task: Tensor, N: int, horizon: int) -> tuple[Tensor, Tensor]:
     """D of Alg. 1: the N - 1 most recent transitions of the episode, fewer at its start, and then the current one.
     t (B,) and task (B,) name steps of the transitions (T + 1, n, S + A + 2); t = T is in the last episode. Returns
-    windows (B, N, S + A + 2) and filled (B, N), False at PADs. They stand in front, as in Alg. 1, unlike Sec. 5.1."""
+    windows (B, N, S + A + 2) and filled (B, N), False at PADs: in front, as in Alg. 1, unlike Sec. 5.1. What windows
+    hold there must not be read. No memory reaches back beyond the episode's start, so TrMRL never sees an η of 1."""
     start = (t // horizon * horizon).clamp(max=len(transitions) - 1 - horizon)
     steps = t[:, None] + torch.arange(1 - N, 1, device=t.device)  # (B, N)
     return transitions[steps.clamp(min=0), task[:, None]], steps >= start[:, None]
@@ -278,10 +279,10 @@ class Agent(nn.Module):
         return Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     def update(self, optimizer: Optimizer, trial: Trial, args: Args, rng: Generator, left: float) -> dict:
-        """Learns from a trial; returns columns of progress.csv. left is the share of training to come, at first 1."""
+        """Learns from a trial; returns columns of progress.csv. left is the share of training to come, 1 at first."""
         optimizer.param_groups[0]["lr"] = args.learning_rate * left
         row = ppo_update(self, optimizer, trial, args, rng)
-        self.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # as meta-tests act without noise
+        self.log_std.data.clamp_(max=math.log(args.init_std * math.sqrt(left)))  # noise must go: meta-tests have none
         self.count_inputs(trial.transitions[:-1][trial.valid])  # not before the update, which must see what acting saw
         return row | {"learning_rate": args.learning_rate * left, "policy_std": self.log_std.exp().mean().item()}
 
@@ -306,7 +307,8 @@ def gather(mine: object) -> list:
 
 def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks (n, ·) at once, each in its own environment for E episodes; with mean actions unless explore.
-    Raises RunFailed if the simulator or the policy returns a NaN or an infinity."""
+    Between "retrieve" and "sample" stands Agent.refine. A row of B gets its s before its a, r, η, PADs till then.
+    Raises RunFailed at a NaN or an infinity."""
     S, A, T, (rank, processes) = agent.num_observations, agent.num_actions, E * agent.horizon, rank_and_processes()
     mine = np.array_split(np.arange(len(tasks)), processes)[rank]
     transitions = np.zeros((T + 1, len(mine), S + A + 2), dtype=np.float32)  # B of Alg. 1, but for its PADs
@@ -324,13 +326,13 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
             alive[:] = True
         noise = rng.standard_normal((len(tasks), A), dtype=np.float32)[mine] * explore  # drawn for all tasks
         action, log_probs[t], values[t], state = agent.act(buffer, t, living, torch.from_numpy(noise), state)  # a_t ∼ π
-        valid[t], last_step = alive, (t + 1) % agent.horizon == 0
+        valid[t] = alive
         for i in np.flatnonzero(alive):
             a[t, i] = action[i]  # B ← B ∪ (s, a, r, η), with a as it was drawn
             s_next, r[t, i], died, _, info = envs[i].step(a[t, i].clip(box.low, box.high))  # collect s_{t+1}, r_t, η_t
             success[t, i] = info.get("success", np.nan)
             alive[i] = not died
-            eta[t, i] = (died or last_step) and t < T - 1  # not at the trial's end, which V looks past
+            eta[t, i] = (died or (t + 1) % agent.horizon == 0) and t < T - 1  # not at the trial's end: V looks past it
             s[t + 1, i] = 0.0 if died else s_next  # s_next ← s_{t+1}; the observation at a death is never used
     values[T] = agent.act(buffer, T, living, torch.zeros(len(mine), A), state)[2].numpy() * alive  # 0 after a death
     arrays = transitions, a[:-1], r[:-1], log_probs, values, valid, success
@@ -342,7 +344,7 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
 
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation along the whole trial, across the ends of episodes; returns two (T, n).
+    """Generalised advantage estimation along the whole trial, across the ends of episodes; two (T, n), for valid steps.
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
     trajectory" (Sec. 5.1). The steps after a death pass without reward; if they were left out, the next episode would
     begin at once, and dying would cost nothing. For example, an episode of 8 steps dies at t = 5. Then V_7 = γ V_8 and
@@ -388,8 +390,8 @@ def ppo_update(agent: Agent, optimizer: Optimizer, trial: Trial, args: Args, rng
         optimizer.zero_grad()
         (policy_loss + value_loss).backward()
         approx_kl, clipped = (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_coef).sum()
-        losses = policy_loss, value_loss, policy.entropy().sum() / size, approx_kl / size, clipped / size
-        statistics.append(torch.stack(losses).detach())
+        numbers = policy_loss, value_loss, policy.entropy().sum() / size, approx_kl / size, clipped / size
+        statistics.append(torch.stack(numbers).detach())
         if processes > 1:
             shares = [*(x.grad for x in agent.parameters() if x.grad is not None), statistics[-1]]
             total = sum(gather(nn.utils.parameters_to_vector(shares).cpu().numpy()))
@@ -422,7 +424,7 @@ def episode_results(trial: Trial, episodes: int) -> tuple[np.ndarray, np.ndarray
 def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, dict[str, np.ndarray]]:
     """Adaptation and OOD (Sec. 5.2; Figs. 5, 6, 9): test_tasks tasks, so many episodes of each, with mean actions.
     Returns for "test" and, where there are such tasks, "ood": rewards (tasks, episodes, H), success (tasks, episodes),
-    tasks (tasks, ·) and observations (tasks, H, S) of the first episode."""
+    tasks (tasks, ·) and observations (tasks, H, S) of the first episode. A seed has its own tasks and starts."""
     results = {}
     for split in envs[0].splits[1:]:
         tasks = envs[0].sample_tasks(split, args.test_tasks, random_stream(args.seed, f"{split} tasks"))
@@ -435,14 +437,14 @@ def meta_test(agent: Agent, envs: list, args: Args, episodes: int) -> dict[str, 
 
 @torch.no_grad()
 def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str, np.ndarray]]:
-    """What the memories of each layer hold, for refinement.npz, working_memories.npz and attention.npz.
+    """What each layer's memories hold, for refinement.npz, working_memories.npz and attention.npz; of every fifth step.
     Fig. 7, representation error: 1 - cos(e^l, e^L), averaged. Regression error: the mean squared error of a linear
-    model from e^l to the policy's mean action, fitted on two tasks of every three and tested on the third.
-    Fig. 8, latents: φ of the first episode's transitions. Attention: of the current step, a mean over steps."""
+    model from e^l to the policy's mean action, fitted on two tasks of every three, tested on the third. Both are 0 in
+    the last layer by construction. Fig. 8: φ of the first episode. Attention: the current step's, a mean over steps."""
     rng = random_stream(args.seed, "refinement")
     tasks = envs[0].sample_tasks("test", math.ceil(1.5 * args.test_tasks), rng)
     trial = agent.collect(envs, tasks, math.ceil(args.test_episodes / 2), rng, explore=False)
-    trial.valid[torch.arange(len(trial.valid)) % 5 > 0] = False  # every fifth step is enough
+    trial.valid[torch.arange(len(trial.valid)) % 5 > 0] = False
     t, task = trial.valid.nonzero(as_tuple=True)
     memories, attention = agent.refine(trial.transitions, t, task)
     memories = torch.stack(memories)  # (L + 1, steps, d)
@@ -450,7 +452,7 @@ def analyse_memories(agent: Agent, envs: list, args: Args) -> dict[str, dict[str
     fitted = task.numpy() % 3 < 2  # not the first two thirds, as ML45's tasks are sorted by environment
     errors = {"representation_error": 1 - torch.cosine_similarity(memories, memories[-1:], dim=2).mean(1).numpy()}
     features = torch.cat([memories, torch.ones_like(memories[..., :1])], dim=2).double().numpy()  # with an intercept
-    weights = np.linalg.pinv(features[:, fitted], rcond=1e-3) @ actions[fitted]  # but for what hardly varies there
+    weights = np.linalg.pinv(features[:, fitted], rcond=1e-3) @ actions[fitted]  # without directions that hardly vary
     errors["regression_mse"] = np.square(features[:, ~fitted] @ weights - actions[~fitted]).mean((1, 2))
     t, task = t[t < agent.horizon], task[t < agent.horizon]
     embedding = agent.phi(agent.normalise(trial.transitions[t, task])).numpy()
@@ -730,24 +732,22 @@ def train(agent: Agent, optimizer: Optimizer, envs: list, args: Args, run: Path 
 def finish(agent: Agent, envs: list, args: Args, run: Path | None, rows: list[dict]) -> None:
     """Meta-tests the run and analyses its memories. The process that has a run prints a table and writes the files."""
     tests = meta_test(agent, envs, args, args.test_episodes)
-    files = {"meta_test" if split == "test" else split: arrays for split, arrays in tests.items()}
-    if agent.refine is not None:
-        files |= analyse_memories(agent, envs, args)
-    if not run:
-        return
     env_steps = rows[-1]["env_steps"] if rows else 0
-    try:
-        for name, arrays in files.items():
-            arrays |= {"seed": args.seed, "env_steps": env_steps}  # what the file was made with
-            write(run / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
-        print(f"\nwritten to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
-    finally:  # the table is worth its minutes even where nothing can be written
+    if run:  # before all that may fail, as the table is worth its minutes
         print(f"\n{args.env}, seed {args.seed}, {env_steps:,} steps: means over {args.test_tasks} tasks a row")
         print("episode       " + "".join(f"{episode:>9}" for episode in range(1, args.test_episodes + 1)))
         for split, arrays in tests.items():
             for name, values in (("return", arrays["rewards"].sum(2)), ("success", arrays["success"])):
                 if not np.isnan(values).any():
                     print(f"{split + ' ' + name:14}" + "".join(f"{value:9.2f}" for value in values.mean(0)))
+    files = {"meta_test" if split == "test" else split: arrays for split, arrays in tests.items()}
+    files |= analyse_memories(agent, envs, args) if agent.refine is not None else {}
+    if not run:
+        return
+    for name, arrays in files.items():
+        arrays |= {"seed": args.seed, "env_steps": env_steps}  # what the file was made with
+        write(run / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
+    print(f"\nwritten to {run}; draw it with: {shlex.join(['python', 'plot.py', str(run)])}")
 
 
 def main(argv: list[str] | None = None, agent_class: type[Agent] = Agent, args_class: type[Args] = Args) -> int:
