@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ COLUMNS = ["env_steps", "wall_seconds", "train_return", "test_return", "test_suc
 TASKS = {"HalfCheetahVel": "target velocity (m/s)", "AntDir": "goal direction (rad)"}
 RETURN, SUCCESS, REWARD = "return of an episode", "success rate", "reward of a step"
 SCORED = {"PEARL": ", episode 3", "MAML": ", adapted"}  # by evaluations in training; of the others, episode 1
-COLOURS = dict(zip(("TrMRL", "RL²", "VariBAD", "PEARL", "MAML"), sns.color_palette("colorblind").as_hex()))
+COLOURS = {"TrMRL": "#0173b2", "RL²": "#de8f05", "VariBAD": "#029e73", "PEARL": "#949494", "MAML": "#cc78bc"}
 plt.switch_backend("Agg")  # there may be no screen
 sns.set_theme("paper", "ticks", rc={"savefig.dpi": 160, "savefig.bbox": "tight", "axes.formatter.useoffset": False})
 
@@ -74,7 +73,7 @@ def load_run(folder: Path, problems: list[str]) -> Run:
         try:
             with np.load(path) as file:
                 files[path.stem] = dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except Exception:  # of many kinds, by what is damaged
             problems.append(f"{path} is damaged")
     if args["env"] == "HalfCheetahVel" and "observations" in files.get("meta_test", ()):
         files["velocities"] = files["meta_test"]["observations"][:, :, 8]  # (tasks, H), of the first episode
@@ -103,9 +102,9 @@ def differing_flags(runs: list[Run]) -> list[str]:
 
 
 def name_of(flag: str, value: object) -> str:
-    """A setting as people call it: N = 5, Xavier + LayerNorm, learning rate = 0.001."""
+    """A setting as people call it: N = 5, T-Fixup, learning rate = 0.001."""
     if flag == "t_fixup":
-        return "T-Fixup" if value else "Xavier + LayerNorm"
+        return "T-Fixup" if value else "Xavier"
     symbol = {"memory_length": "N", "layers": "L"}.get(flag, flag.replace("_", " "))
     return f"{symbol} = {value}"
 
@@ -117,21 +116,20 @@ def by_numbers(label: str) -> list:
 
 
 def label_settings(runs: list[Run], ablation: bool = False) -> list[Run]:
-    """Copies of the runs, sorted, each with its setting's label and colour. The label is the method and the flags that
-    differ within the same environment and method; in an ablation of one method the flags alone. The setting of a method
-    that is closest to the defaults has the method's colour; the others have shades, in the order of their values."""
+    """Sorted copies, each with its setting's label, which is the method and the flags that differ within environment
+    and method, or in an ablation of one method the flags alone. A method's setting that is closest to TrMRL's defaults
+    has the method's colour; the others have shades, in the order of their values."""
     runs = [replace(run) for run in runs]
     for run in runs:
         flags = differing_flags([other for other in runs if (other.env, other.method) == (run.env, run.method)])
         names = [name_of(flag, run.args.get(flag)) for flag in flags]
         names = names if ablation and len({run.method for run in runs}) == 1 else [run.method, *names]
         run.label = ", ".join([*names, "unfinished"] if run.unfinished else names)
-    for method in {run.method for run in runs}:
-        members = sorted((run for run in runs if run.method == method), key=Run.changed)
-        usual, *others = dict.fromkeys(run.label for run in members)
-        shades = dict(zip(sorted(others, key=by_numbers), sns.color_palette("magma_r", len(others)).as_hex()))
-        for run in members:
-            run.colour = shades.get(run.label, COLOURS.get(method, "black"))
+    closest = {run.method: run.label for run in sorted(runs, key=Run.changed, reverse=True)}
+    others = sorted({run.label for run in runs} - {*closest.values()}, key=by_numbers)
+    shades = dict(zip(others, sns.color_palette("magma_r", len(others)).as_hex()))
+    for run in runs:
+        run.colour = shades.get(run.label, COLOURS.get(run.method, "black"))
     methods = {method: place for place, method in enumerate(COLOURS)}
     shown_first = ["HalfCheetahVel", "AntDir", *sorted(run.env for run in runs)]
     return sorted(runs, key=lambda run: (shown_first.index(run.env), methods.get(run.method, 9), by_numbers(run.label)))
@@ -159,8 +157,8 @@ def ablations(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def median_run(runs: list[Run]) -> Run:
-    """Of the first run's setting, the seed in the middle by test return, the lower one of two: it stands for all."""
-    same = [run for run in runs if run.setting() == runs[0].setting()]
+    """Of the setting closest to the defaults the seed in the middle by test return, the lower one of two."""
+    same = [run for run in runs if run.setting() == min(runs, key=Run.changed).setting()]
     return sorted(same, key=lambda run: run.files["meta_test"]["rewards"][:, 0].sum(1).mean())[(len(same) - 1) // 2]
 
 
@@ -179,11 +177,10 @@ def common_steps(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def learning_curves(runs: list[Run]) -> pd.DataFrame:
-    """Test success, or else return, over millions of environment steps."""
-    judged_by_success = {run.env for run in runs if run.files["progress"]["test_success"].notna().any()}
+    """Test return, on MetaWorld success, over millions of environment steps."""
     curves = []
     for run in runs:
-        column, quantity = ("test_success", SUCCESS) if run.env in judged_by_success else ("test_return", RETURN)
+        column, quantity = ("test_success", SUCCESS) if run.env.startswith("ML") else ("test_return", RETURN)
         tests = run.files["progress"].dropna(subset=column)
         scored = replace(run, label=run.label + SCORED.get(run.method, ""))
         curves.append(curve(scored, quantity, tests[column], tests["env_steps"] / 1e6))
@@ -220,14 +217,16 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, ((env, quantity), part) in zip(grid.flat, panels):
         style = dict(hue="setting", palette=dict(zip(part["setting"], part["colour"])), legend=False, ax=axes)
-        sns.lineplot(part, x="x", y="y", errorbar=interval, marker="o" if few or len(part) < 9 else None, **style)
+        sns.lineplot(part, x="x", y="y", errorbar=None, marker="o" if few or len(part) < 9 else None, **style)
+        limits = (0, 1) if quantity == SUCCESS else axes.get_ylim()  # a band may leave the panel, a mean never
+        sns.lineplot(part, x="x", y="y", errorbar=interval, linewidth=0, **style)
         seeds = ", ".join(str(part["seed"][part["setting"] == setting].nunique()) for setting in colours)
         axes.set_title(f"{env} (seeds: {seeds})")
-        axes.set(xlabel=xlabel, ylabel=quantity, ylim=(0, 1) if quantity == SUCCESS else None)
-        axes.xaxis.set_major_locator(plt.MaxNLocator(5, integer=few))
         ends = part.groupby("setting")["x"].max()
+        axes.set(xlabel=xlabel, ylabel=quantity, ylim=limits)
+        axes.xaxis.set_major_locator(plt.MaxNLocator(6 if few else 5, integer=few))
         if not few and ends.max() > 3 * ends.min():  # some methods train for far longer than others
-            axes.set(xscale="log", xlabel=f"{xlabel}, log scale")
+            axes.set(xscale="log", xlabel=f"{xlabel}, log scale", xlim=(ends.max() / 200, ends.max()))
     for axes in grid.flat[len(panels) + empty :]:
         axes.remove()
     handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
@@ -243,9 +242,10 @@ def draw_working_memories(runs: list[Run]) -> plt.Figure:
     memories = run.files["working_memories"]
     centred = memories["embedding"] - memories["embedding"].mean(axis=0)
     _, _, components = np.linalg.svd(centred, full_matrices=False)
-    figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d", "title": f"{run.env}, seed {run.seed}"})
+    figure, axes = plt.subplots(figsize=(5, 4), subplot_kw={"projection": "3d"})
     dots = axes.scatter(*components[:3] @ centred.T, c=memories["task"], cmap="viridis", s=4, linewidth=0)
     axes.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", xticklabels=[], yticklabels=[], zticklabels=[])
+    axes.set_title(f"{run.env}, {run.label}, seed {run.seed}")
     figure.colorbar(dots, label=TASKS.get(run.env, "task"), shrink=0.6, pad=0.2)
     return figure
 
@@ -264,7 +264,7 @@ def draw_online_adaptation(runs: list[Run]) -> plt.Figure:
         axes.plot(velocities[task], color=colour)  # step 0 is the start
         axes.axhline(targets[task], color=colour, linestyle=":")
         axes.annotate(f" {targets[task]:.2f}", (1, targets[task]), xycoords=axes.get_yaxis_transform(), color=colour)
-    axes.set(title=f"{run.env}, seed {run.seed}", xlabel="step of the first episode", ylabel="velocity (m/s)")
+    axes.set(title=f"{run.env}, {run.label}, seed {run.seed}", xlabel="step of episode 1", ylabel="velocity (m/s)")
     return figure
 
 
@@ -275,7 +275,7 @@ def draw_attention(runs: list[Run]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(5, 3))
     extent = (0.5 - weights.shape[1], 0.5, len(weights) + 0.5, 0.5)
     picture = axes.imshow(weights, aspect="auto", cmap="viridis", vmin=0, extent=extent)
-    axes.set(xlabel="working memory, in steps from now", ylabel="layer", title=f"{run.env}, seed {run.seed}")
+    axes.set(xlabel="memory, in steps from now", ylabel="layer", title=f"{run.env}, {run.label}, seed {run.seed}")
     axes.locator_params(integer=True)
     figure.colorbar(picture, label="attention weight, mean over heads")
     return figure

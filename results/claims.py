@@ -25,8 +25,7 @@ SCORED = {"PEARL": slice(2, None), "MAML": slice(5, None)}  # episodes after ada
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
 VERDICTS = ("holds", "does not hold", "at most small", "open", "not run", "says nothing")
 MAIN = ENVS[0]  # also the flags of its main runs
-CHEETAH = "HalfCheetahVel --heads 4"  # the default when its ablations were made
-CHEETAH_4M = "HalfCheetahVel --total-timesteps 4000000 --heads 4"
+CHEETAH, CHEETAH_4M = f"{MAIN} --heads 4", f"{MAIN} --total-timesteps 4000000 --heads 4"  # those of its ablations
 REACH = "ML1-Reach --total-timesteps 1500000"
 
 
@@ -41,7 +40,7 @@ class Run:
 
     def __init__(self, folder: Path):
         run = plot.load_run(folder, [])
-        self.name, self.args, self.files = folder.name, run.args, run.files
+        self.name, self.args, self.files, self.setting = folder.name, run.args, run.files, run.setting()
         self.scored = SCORED.get(run.method, slice(None))
         table = run.files["progress"].dropna(subset="test_return")
         self.by_success = table["test_success"].notna().any()
@@ -54,9 +53,6 @@ class Run:
             return np.full(6, np.nan)
         arrays = self.files[split]
         return arrays["success"].mean(0) if self.by_success else arrays["rewards"].sum(2).mean(0)
-
-    def start(self) -> float:
-        return self.tests[0]
 
     def first(self) -> float:
         """The first episode that the method is made for."""
@@ -133,14 +129,17 @@ class Run:
         return far.nonzero()[0].max(initial=-1) + 1
 
 
-def find(runs: str) -> list[Run]:
-    """All seeds' kept runs of a script's stem and flags, such as "rl2 AntDir"."""
-    script, flags = runs.split(" ", 1)
-    return [Run(folder) for folder in sorted(KEPT.glob(name_of(script, flags, 0)[:-1] + "[0-9]*"))]
+def kept(name: str) -> list[Path]:
+    """The folders of kept runs by a pattern. args.json is written last: without it a run is still being kept."""
+    return [path.parent for path in sorted(KEPT.glob(f"{name}/args.json"))]
 
 
-def each(measure: Callable[[Run], float], runs: list[Run]) -> list[float]:
-    return [float(measure(run)) for run in runs]
+def find(setting: str) -> list[Run]:
+    """All seeds' kept runs of a script's stem and flags, such as "rl2 AntDir". Raises ValueError if defaults differ."""
+    runs = [Run(folder) for folder in kept(name_of(*setting.split(" ", 1), 0)[:-1] + "[0-9]*")]
+    if len({run.setting for run in runs}) > 1:
+        raise ValueError(f"{setting}: not all seeds have the same flags, so that they are no single setting")
+    return runs
 
 
 class Interval:
@@ -168,13 +167,9 @@ def verdict(number: Interval, rule: str, effect: float) -> str:
     "at most small" says that it is smaller than the effect."""
     kind, limit = rule.split()[:2]
     low, high, limit = number.low, number.high, float(limit.strip(",").replace("−", "-"))
-    if kind == "above":
-        small = limit == 0 and 0 <= high < effect
-        holds, fails = low > limit, high < limit
-    elif kind == "below":
-        small, holds, fails = False, high < limit, low > limit
-    else:
-        small, holds, fails = False, -limit < low and high < limit, low > limit or high < -limit
+    holds = {"above": low > limit, "below": high < limit, "within": -limit < low and high < limit}[kind]
+    fails = {"above": high < limit, "below": low > limit, "within": low > limit or high < -limit}[kind]
+    small = kind == "above" and limit == 0 and 0 <= high < effect
     return "at most small" if small else "holds" if holds else "does not hold" if fails else "open"
 
 
@@ -191,16 +186,16 @@ def seeds_needed(effect: float, spread: float, groups: int, within: bool = False
 
 def compare(settings: list[list[Run]], measure: str) -> Interval:
     """Of one setting the mean, of two the first minus the second, of more how much the measure grows from one setting
-    to the next, by linear regression. Settings with the same seeds are compared seed by seed."""
-    values = [[getattr(run, measure)() for run in runs] for runs in settings]
-    if len(settings) == 1:
-        return Interval(values[0], success=settings[0][0].by_success)
-    seeds, *others = ([run.args["seed"] for run in runs] for runs in settings)
-    if len(settings) == 2 and seeds != others[0]:
-        return Interval(values[0], minus=values[1])
-    if len(settings) == 2:
-        return Interval(np.subtract(*values))
-    return Interval(np.polyfit(range(len(settings)), values, deg=1)[0])
+    to the next, by linear regression on the seeds that all have. Two with the same seeds are compared seed by seed."""
+    table = pd.DataFrame([{run.args["seed"]: getattr(run, measure)() for run in runs} for runs in settings])
+    if len(table) == 1:
+        return Interval(table.loc[0], success=settings[0][0].by_success)
+    if len(table) == 2 and table.isna().any(axis=None):
+        return Interval(table.loc[0].dropna(), minus=table.loc[1].dropna())
+    common = table.dropna(axis="columns")
+    if len(table) == 2:
+        return Interval(common.loc[0] - common.loc[1])
+    return Interval(np.polyfit(table.index, common, deg=1)[0])
 
 
 def judge(claim: pd.Series) -> tuple[str, str]:
@@ -259,30 +254,28 @@ def decided_table(claims: pd.DataFrame) -> str:
 
 
 def verdicts(claims: pd.DataFrame) -> str:
-    papers = claims[claims["number"] != "ours"]
-    names = {verdict: list(papers["claim"][papers["verdict"] == verdict]) for verdict in VERDICTS}
-    holds, fails, small, still_open, missing, empty = map(len, names.values())
+    papers = claims["verdict"][claims["number"] != "ours"]
+    holds, fails, small, still_open, missing, empty = (papers.eq(verdict).sum() for verdict in VERDICTS)
     return (
-        f"Of {len(papers)} claims of the paper that we checked, {holds} hold: {'; '.join(names['holds'])}. {fails} do "
-        f"not hold: {'; '.join(names['does not hold'])}. In {small} the claimed lead is at most small, less than a "
+        f"We checked {len(papers)} claims of the paper. {holds} hold and {fails} do not hold: [results/README.md]"
+        f"(results/README.md#the-papers-claims) has them. In {small} the claimed lead is at most small, less than a "
         f"tenth of what training gains. {still_open} stay open with these seeds, and {missing} await their runs. "
-        f"{empty} could not have come out otherwise, so they say nothing.\n"
+        f"{empty} could not have come out otherwise, so they say nothing. Nothing is corrected for so many claims.\n"
     )
 
 
 def by_method(env: str, what: str, cell: Callable[[list[Run]], str]) -> dict:
     """A table's row: what cell makes of each method's runs; empty for a method without any."""
     found = {method: find(f"{script} {env}") for script, method in METHODS.items()}
-    return {"environment": env, "measure": what} | {
-        method: cell(runs) if runs else "" for method, runs in found.items()
-    }
+    cells = {method: cell(runs) if runs else "" for method, runs in found.items()}
+    return {"environment": env, "measure": what} | cells
 
 
 def means_table() -> str:
     """The mean over seeds of each environment, measure and method, and in brackets the number of seeds."""
 
     def mean(measure: Callable[[Run], float], runs: list[Run]) -> str:
-        return f"{Interval(each(measure, runs), success=runs[0].by_success)} ({len(runs)})"
+        return f"{Interval([measure(run) for run in runs], success=runs[0].by_success)} ({len(runs)})"
 
     rows = []
     for env in ENVS:
@@ -295,45 +288,48 @@ def means_table() -> str:
 
 def budgets_table() -> str:
     """How long a run of each method was."""
-    what, cell = "M steps; minutes", lambda runs: f"{runs[0].steps[-1]:.0f}; {minutes(runs)}"
+    what, cell = "M steps; minutes", lambda runs: f"{runs[0].steps[-1]:.2g}; {minutes(runs)}"
     return markdown([by_method(env, what, cell) for env in ENVS])
 
 
 def ablations_table() -> str:
-    """A row a setting of Figs. 10 to 13, and of what they are compared with."""
+    """A row a setting of Figs. 10 to 13 and of ablations.py, and of what they are compared with."""
+    names = {path.name.rsplit("-s", 1)[0] for path in kept("*") if path.name.startswith(("trmrl", "ablations"))}
+    names -= {f"trmrl-{env}" for env in ENVS if env != MAIN}
     rows = []
-    settings = {path.name.rsplit("-s", 1)[0].removeprefix("trmrl-") for path in KEPT.glob("trmrl-*")} - {*ENVS}
-    for flags in sorted(settings, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name)):
-        runs = [Run(path) for path in sorted(KEPT.glob(f"trmrl-{flags}-s[0-9]*"))]
+    for name in sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name)):
+        runs = [Run(path) for path in kept(f"{name}-s[0-9]*")]
         success = runs[0].by_success
-        name = re.sub(r"-(?=\d)", " = ", re.sub(r"-(?=[a-z])", " ", flags))
-        row = {"setting": name, "seeds": len(runs)}
-        row |= {"final": Interval(each(Run.final, runs), success=success)}
-        row |= {"mean over training": Interval(each(Run.area, runs), success=success)}
-        row |= {"largest fall": f"{max(each(Run.fall, runs)):.{2 if success else 0}f}", "minutes": minutes(runs)}
+        words = re.sub(r"-(?=\d)", " = ", re.sub(r"-(?=[a-z])", " ", name.removeprefix("trmrl-")))
+        row = {"setting": words, "seeds": len(runs)}
+        row |= {"final": Interval([run.final() for run in runs], success=success)}
+        row |= {"mean over training": Interval([run.area() for run in runs], success=success)}
+        row |= {"largest fall": f"{max(run.fall() for run in runs):.{2 if success else 0}f}", "minutes": minutes(runs)}
         rows.append(row)
     return markdown(rows)
 
 
 def costs_table() -> str:
+    """A row a method: M steps and core-minutes until a level is reached: the median of its seeds (the worst)."""
+
+    def cell(runs: list[Run], level: int) -> str:
+        reached = [run.first_reached(level) for run in runs]
+        steps, minutes = (f"{np.median(row):.2g} ({max(row):.2g})" for row in zip(*reached))
+        return f"{steps} M; {minutes} min".replace("inf", "—")
+
     rows = []
     for script, method in METHODS.items():
-        runs = find(f"{script} {MAIN}")
-        for level in (-60, -45, -30) if runs else ():
-            steps, minutes = zip(*(run.first_reached(level) for run in runs))
-            row = {"method": method, "return": f"−{-level}", "M steps, median": np.median(steps), "worst": max(steps)}
-            row |= {"core-minutes, median": np.median(minutes), "worst ": max(minutes)}
-            shown = {name: f"{x:.2g}" if isinstance(x, float) else x for name, x in row.items()}
-            rows.append({name: "not reached" if x == "inf" else x for name, x in shown.items()})
+        if runs := find(f"{script} {MAIN}"):
+            rows.append({"method": method} | {f"to −{-level}": cell(runs, level) for level in (-60, -45, -30)})
     return markdown(rows)
 
 
 def write_seeds() -> None:
     """A row a run: what was measured, and where it comes from."""
-    measures = {"start": Run.start, "episode_1": Run.first, "episode_6": lambda run: run.episodes()[-1], "ood": Run.ood}
-    measures |= {"final": Run.final, "mean_over_training": Run.area, "largest_fall": Run.fall}
+    measures = {"start": lambda run: run.tests[0], "scored_episode": Run.first, "ood": Run.ood, "final": Run.final}
+    measures |= {"episode_6": lambda run: run.episodes()[-1], "mean_over_training": Run.area, "largest_fall": Run.fall}
     rows = []
-    for run in map(Run, sorted(KEPT.iterdir())):
+    for run in map(Run, kept("*")):
         row = {"run": run.name, "method": run.args["method"], "env": run.args["env"], "seed": run.args["seed"]}
         row |= {name: round(float(measure(run)), 2) for name, measure in measures.items()}
         row |= {"million_steps": round(run.steps[-1], 2), "minutes": round(run.minutes[-1], 1)}
@@ -342,11 +338,23 @@ def write_seeds() -> None:
     pd.DataFrame(rows).to_csv(KEPT.parent / "seeds.csv", index=False)
 
 
-def draw_ablation(runs: list[plot.Run]) -> plot.plt.Figure:
-    """Learning curves. Those of HalfCheetahVel start near −300, but are told apart above −150 only."""
-    figure = plot.draw_curves(plot.learning_curves(runs), "million environment steps")
+def draw_ablation(runs: list[plot.Run], flag: str) -> plot.plt.Figure:
+    """Learning curves of a flag's values. T-Fixup has a panel for each depth, and LayerNorm is named beside it.
+    HalfCheetahVel's curves start near −300, but are told apart above −150 only; plain ones may not come so far."""
+    for run in runs:
+        run.label = plot.name_of(flag, run.args[flag]) + ", authors' token" * run.args.get("authors_token", False)
+        if flag == "t_fixup":
+            norm = run.args[flag] == run.args.get("swap_layer_norm", False)  # trmrl.py has it with Xavier alone
+            run.label += " + LayerNorm" * norm
+            run.env += f", L = {run.args['layers']}" + ", plain" * run.args.get("plain", False)
+    runs.sort(key=lambda run: (not run.env.startswith(MAIN), plot.by_numbers(run.env), plot.by_numbers(run.label)))
+    curves = plot.learning_curves(runs)
+    labels = curves["setting"].unique()
+    colours = dict(zip(labels, plot.sns.color_palette("magma_r", len(labels)).as_hex()))
+    colours[min(runs, key=plot.Run.changed).label] = plot.COLOURS["TrMRL"]  # the defaults, or what is closest
+    figure = plot.draw_curves(curves.assign(colour=curves["setting"].map(colours)), "million environment steps")
     for axes in figure.axes:
-        if axes.get_title().startswith(MAIN):
+        if axes.get_title().startswith(MAIN) and "plain" not in axes.get_title():
             axes.set_ylim(-150, 0)
     return figure
 
@@ -356,20 +364,20 @@ def draw(film: bool = False) -> None:
     names = "|".join(name_of(script, env, 0)[:-3] for script in METHODS for env in ENVS)
     prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (CHEETAH, CHEETAH_4M, REACH)}
     figures = {  # flag: the runs that its figure is drawn from
-        "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?-s\d+",
-        "memory_length": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-memory-length-\d+)?-s\d+",
-        "layers": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-layers-\d+)?-s\d+",
-        "heads": r"trmrl-HalfCheetahVel-heads-\d+-s\d+",
+        "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?",
+        "memory_length": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-memory-length-\d+)?",
+        "layers": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-layers-\d+)?",
+        "heads": r"trmrl-HalfCheetahVel-heads-\d+",
     }
-    out = KEPT.parent / "figures"
 
     def matching(pattern: str) -> list[plot.Run]:
-        return plot.load_runs([path for path in sorted(KEPT.iterdir()) if re.fullmatch(pattern, path.name)], [])
+        return plot.load_runs([path for path in kept("*") if re.fullmatch(pattern, path.name)], [])
 
-    plot.draw_all(matching(rf"({names})-s\d+"), out, film)
+    plot.draw_all(matching(rf"({names})-s\d+"), KEPT.parent / "figures", film)
     for flag, pattern in figures.items():
-        if members := plot.ablations(matching(pattern)).get(flag):
-            plot.write(out / f"ablation_{flag}.png", draw_ablation(members).savefig)
+        runs = matching(rf"{pattern}-s\d+")
+        if rivals := [run for run in runs if len({other.setting() for other in runs if other.env == run.env}) > 1]:
+            plot.write(KEPT.parent / "figures" / f"ablation_{flag}.png", draw_ablation(rivals, flag).savefig)
 
 
 def write_tables() -> None:

@@ -21,14 +21,13 @@ SHOWN = name_of("trmrl", MAIN, 0)[:-1]  # how the main runs' folders begin
 
 
 def make(script: str, flags: str, seed: str) -> tuple[Path, Path, list[str]]:
-    """Trains, or goes on. A main run is tested on 100 tasks, or on all goals of ML1; ML45-Train's own test has all
-    tasks. Returns what keep takes."""
-    name, file = name_of(script, flags, seed), "trmrl.py" if script == "trmrl" else f"baselines/{script}.py"
+    """Trains, or goes on; tests a main run on 100 tasks, or on all goals of ML1. Returns what keep takes."""
+    name, folder = name_of(script, flags, seed), {"trmrl": ".", "ablations": "results"}.get(script, "baselines")
     home = ROOT / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
 
     def call(*arguments: object) -> None:
-        command = ["env", "OMP_NUM_THREADS=1", sys.executable, file, *map(str, arguments)]
+        command = ["env", "OMP_NUM_THREADS=1", sys.executable, f"{folder}/{script}.py", *map(str, arguments)]
         with open(home / "log.txt", "a") as log:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
 
@@ -68,20 +67,20 @@ def keep(run: Path, kept: Path, tests: list[str]) -> None:
 
 
 def show_median() -> None:
-    """Takes what single runs are drawn from out of all seeds of HalfCheetahVel but the median, and ships its run."""
+    """Only the median seed of HalfCheetahVel keeps what figures of one run need. It becomes results/checkpoint. If it
+    was not made here, what is kept stays as it is."""
     folders = sorted(KEPT.glob(SHOWN + "[0-9]*"))
     median = plot.median_run(plot.load_runs(folders, [])).folder
-    checkpoint = next((ROOT / "runs" / median.name).glob("*/checkpoint.pt"), None)
-    if checkpoint is None:  # the median's run was not made here: what is kept stays as it is
-        return
-    for folder in set(folders) - {median}:
-        arrays = dict(np.load(folder / "meta_test.npz"))
-        arrays.pop("observations", None)
-        np.savez_compressed(folder / "meta_test.npz", **arrays)
-        for file in ("working_memories.npz", "attention.npz"):
-            (folder / file).unlink(missing_ok=True)
-    for file in (checkpoint, median / "args.json", median / "progress.csv"):
-        shutil.copy(file, KEPT.parent / "checkpoint")
+    if checkpoint := next((ROOT / "runs" / median.name).glob("*/checkpoint.pt"), None):
+        keep(checkpoint.parent, median, ["meta_test", "ood"])  # as it may not have been the median before
+        for folder in set(folders) - {median}:
+            arrays = dict(np.load(folder / "meta_test.npz"))
+            arrays.pop("observations", None)
+            np.savez_compressed(folder / "meta_test.npz", **arrays)
+            for file in ("working_memories.npz", "attention.npz"):
+                (folder / file).unlink(missing_ok=True)
+        for file in (checkpoint, median / "args.json", median / "progress.csv"):
+            shutil.copy(file, KEPT.parent / "checkpoint")
 
 
 if __name__ == "__main__":
@@ -90,11 +89,12 @@ if __name__ == "__main__":
     jobs = [job for job in jobs if not (KEPT / name_of(*job[:3]) / "args.json").exists()]
     with ThreadPoolExecutor(2) as pool, tqdm(total=sum(hours for *_, hours in jobs), unit="core-h") as bar:
         hours = {pool.submit(make, *job[:3]): job[3] for job in jobs}
-        for made in as_completed(hours):
-            if made.exception():
-                pool.shutdown(cancel_futures=True)  # what runs now runs to its end
-            keep(*made.result())
-            bar.update(hours[made])
+        try:
+            for made in as_completed(hours):
+                keep(*made.result())
+                bar.update(hours[made])
+        finally:  # after a failure or Ctrl-C what runs now runs to its end, and nothing else begins
+            pool.shutdown(cancel_futures=True)
     show_median()
     draw(film=True)
     write_tables()

@@ -62,7 +62,7 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
             assert float(mean) == pytest.approx(returns, rel=0.01) and count == "(1)"
         assert (rl2, varibad, maml) == ("", "", "")
     assert not expected
-    assert "| HalfCheetahVel | M steps; minutes | 0; 1 |" in (kept.parent / "claims.md").read_text()
+    assert "| HalfCheetahVel | M steps; minutes | 0.001; 1 |" in (kept.parent / "claims.md").read_text()
     seeds = pd.read_csv(kept.parent / "seeds.csv")
     assert seeds["run"].tolist() == ["pearl-HalfCheetahVel-s1", "trmrl-HalfCheetahVel-s1"]
     judged = claims.judged().set_index("measure")["result"]
@@ -74,11 +74,23 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
     assert verdicts["TrMRL ends above RL² on HalfCheetahVel"] == "not run"
 
 
-def test_ablations_of_the_cheetah_are_drawn_above_150(tmp_path):
-    folders = [fake_run(tmp_path / f"{layers}", layers=layers) for layers in (4, 12)]
+def test_figures_of_ablations_tell_apart_what_ablations_py_changes(tmp_path):
+    flags = [{}, dict(seed=2), dict(t_fixup=False), dict(layers=12)]
+    flags += [dict(method="Ablation", swap_layer_norm=True, t_fixup=x, plain=y) for x in (True, False) for y in (0, 1)]
+    folders = [fake_run(tmp_path / f"{number}", **values) for number, values in enumerate(flags)]
     folders += [fake_run(tmp_path / "ant", env="AntDir")]
-    cheetah, ant = claims.draw_ablation(claims.plot.load_runs(folders, [])).axes
-    assert cheetah.get_ylim() == (-150, 0) and ant.get_ylim() != (-150, 0)
+    figure = claims.draw_ablation(claims.plot.load_runs(folders, []), "t_fixup")
+    four = ["T-Fixup", "T-Fixup + LayerNorm", "Xavier", "Xavier + LayerNorm"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == four
+    assert figure.legends[0].get_lines()[0].get_color() == claims.plot.COLOURS["TrMRL"]
+    seeds = {"L = 4": (2, 1, 1, 1), "L = 4, plain": (0, 1, 1, 0), "L = 12": (1, 0, 0, 0)}
+    titles = [f"HalfCheetahVel, {name} (seeds: {', '.join(map(str, some))})" for name, some in seeds.items()]
+    assert [axes.get_title() for axes in figure.axes] == [*titles, "AntDir, L = 4 (seeds: 1, 0, 0, 0)"]
+    assert [axes.get_ylim() == (-150, 0) for axes in figure.axes] == [True, False, True, False]
+    runs = [fake_run(tmp_path / f"N{n}", memory_length=n) for n in (1, 5)]
+    runs += [fake_run(tmp_path / "token", memory_length=1, method="Ablation", authors_token=True)]
+    figure = claims.draw_ablation(claims.plot.load_runs(runs, []), "memory_length")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["N = 1", "N = 1, authors' token", "N = 5"]
 
 
 def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
@@ -92,6 +104,15 @@ def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
     for split in ("meta_test", "ood"):
         returns = whole.files[split]["rewards"].sum(2)  # of each task and episode
         assert short.files[split]["returns"] == pytest.approx(returns, abs=0.051)
+
+
+def test_costs_are_the_median_and_the_worst_seeds_until_a_return(kept):
+    for seed, minutes, returns in ((1, 1, (-99, -50, -20)), (2, 2, (-59, -99, -29)), (3, 3, (-99, -70, -61))):
+        run = fake_run(kept / f"maml-HalfCheetahVel-s{seed}", method="MAML", seed=seed)
+        table = pd.DataFrame({"env_steps": [5e5, 1e6, 2e6], "test_return": returns})
+        table["wall_seconds"] = minutes * np.array([60, 120, 180])
+        table.reindex(columns=claims.plot.COLUMNS).to_csv(run / "progress.csv", index=False)
+    assert "| MAML | 1 (—) M; 2 (—) min | 2 (—) M; 6 (—) min | 2 (—) M; 6 (—) min |" in claims.costs_table()
 
 
 def test_intervals_are_students_and_welchs():
@@ -141,7 +162,9 @@ def test_settings_with_the_same_seeds_are_compared_seed_by_seed():
     paired, welch = claims.compare([one, other], "area"), claims.compare([one, setting((1, 2, 4), (9, 29, 47))], "area")
     assert (paired.low, paired.high) == scipy.stats.ttest_rel([10, 30, 50], [9, 29, 47]).confidence_interval()
     assert paired.mean == pytest.approx(welch.mean) and welch.high - welch.low > 10 * (paired.high - paired.low)
-    grows = claims.compare([setting((1, 2, 3), k + 5 * np.arange(3)) for k in (1, 2, 3, 4)], "area")
+    settings = [setting((1, 2, 3), k + 5 * np.arange(3)) for k in (1, 2, 3, 4)]
+    settings[1] += setting((9,), (1000,))  # a seed that the others do not have
+    grows = claims.compare(settings, "area")
     assert (grows.mean, grows.low, grows.high) == pytest.approx((1, 1, 1))  # by one from setting to setting
 
 

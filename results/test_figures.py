@@ -18,7 +18,8 @@ def fake_run(folder: Path, env="HalfCheetahVel", seed=1, success=False, steps=10
     """A run's files with random contents; of ten iterations to come, so that fewer steps are unfinished."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    values = {"env": env, "seed": seed, "layers": 4, "t_fixup": True, "method": "TrMRL", "total_timesteps": 1000}
+    values = {"env": env, "seed": seed, "layers": 4, "heads": 2, "memory_length": 5, "t_fixup": True}
+    values |= {"method": "TrMRL", "total_timesteps": 1000}
     (folder / "args.json").write_text(json.dumps(values | flags | {"runs_dir": str(folder), "device": seed}))
     progress = pd.DataFrame(np.nan, range(steps), plot.COLUMNS)
     progress = progress.assign(env_steps=100 * np.arange(1, steps + 1) + shift, wall_seconds=60.0, train_return=1.0)
@@ -113,7 +114,7 @@ class TestFigures:
         assert table["y"].to_numpy() == pytest.approx(file["rewards"].sum((0, 2)) / 5)
         rewards, velocities = plot.draw_online_adaptation(runs).axes
         assert rewards.lines[0].get_ydata() == pytest.approx(np.mean(file["rewards"][:, 0], axis=0))
-        assert velocities.get_title() == "HalfCheetahVel, seed 1" and velocities.get_ylabel() == "velocity (m/s)"
+        assert velocities.get_title() == "HalfCheetahVel, TrMRL, seed 1" and velocities.get_ylabel() == "velocity (m/s)"
         assert velocities.lines[0].get_ydata() == pytest.approx(file["observations"][file["tasks"].argmin(), :, 8])
 
     def test_ablations_are_runs_that_differ_in_one_flag(self, tmp_path):
@@ -125,7 +126,7 @@ class TestFigures:
         labels = {run.folder.name: (run.label, run.colour) for run in runs}
         assert labels["rl2"] == ("RL²", plot.COLOURS["RL²"]) and labels["deep"][0] == "TrMRL, L = 12, T-Fixup"
         assert labels["base"] == labels["base2"] == ("TrMRL, L = 4, T-Fixup", plot.COLOURS["TrMRL"])  # the defaults
-        assert labels["both"][0] == "TrMRL, L = 8, Xavier + LayerNorm" and len(set(labels.values())) == 5
+        assert labels["both"][0] == "TrMRL, L = 8, Xavier" and len(set(labels.values())) == 5
         base, _, deep = plot.ablations(runs)["layers"]
         assert (base.label, base.colour, deep.label) == ("L = 4", plot.COLOURS["TrMRL"], "L = 12")
         assert (
