@@ -14,13 +14,13 @@ Lines 6 and 7      θ'_i = θ - α ∇ L_i(θ), L: Eq. 4   MAML.adapt, in Learne
 Line 10            θ ← θ - β ∇ Σ L_i(θ'_i)           MAML.update: TRPO, whose line search stands for β
 
 Half of a trial's episodes come before the inner step, half after it. Unlike in the paper: by default that is four
-episodes each, where the paper has 20; two layers of 64 tanh units, where it has 100 ReLUs each; advantages by GAE;
-normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences. The std
-has a lower bound, as without noise there is no inner gradient. The bound is enforced after the line search, so that an
-outer step may exceed max_kl. At meta-test one step follows each episode, by default at a fourth of the rate. So four of
-them go as far as training's inner step, and the five of a meta-test 1.25 times as far. The authors' code takes a whole
-step first, then halves the rate. The episodes that are adapted from act with noise there, too; only the last one acts
-by the mean.
+episodes each, where the paper has 20; two layers of 64 tanh units, where it has 100 ReLUs each; advantages by GAE; a γ
+of 0.95; normalised inputs; a larger trust region; exact products with the KL's Hessian instead of finite differences.
+The std has a lower bound, as without noise there is no inner gradient. The bound is enforced after the line search, so
+that an outer step may exceed max_kl. At meta-test one step follows each episode, by default at a fourth of the rate. So
+four of them go as far as training's inner step, and the five of a meta-test 1.25 times as far. The authors' code takes
+a whole step first, then halves the rate. The episodes that are adapted from act with noise there, too; only the last
+one acts by the mean.
 """
 
 import math
@@ -198,7 +198,8 @@ class MAML(trmrl.Agent):
     @torch.no_grad()
     def update(self, optimizer: Optimizer, trial: trmrl.Trial, args: Args, rng: Generator, left: float) -> dict:
         """One outer step (Alg. 3, line 10), by TRPO. Returns columns of progress.csv; its own are inner_kl, from each
-        task's adapted policy to the one before, and the returns before and after adapting."""
+        task's adapted policy to the one before, and the returns before and after adapting. gradient_steps is 1, or 0 if
+        the line search found no step."""
         half = self.episodes_before * self.horizon
         before = self.experience(trial.transitions[:half], trial.valid[:half])
         after = self.experience(trial.transitions[half:-1], trial.valid[half:])

@@ -39,7 +39,7 @@ class Ablation(trmrl.Agent):
         self.plain, self.authors_token = args.plain, args.authors_token
 
     def normalise(self, transitions: Tensor) -> Tensor:
-        return transitions if self.plain else super().normalise(transitions)
+        return transitions.clone() if self.plain else super().normalise(transitions)
 
     def refine(self, transitions: Tensor, t: Tensor, task: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Shapes as in trmrl.py. With the authors' token each step has the a, r and η of the step before it, and an
