@@ -152,8 +152,8 @@ class Trial:
     """E episodes of H steps of each of n tasks, one after the other: T = E · H steps."""
 
     transitions: Tensor  # (T + 1, n, S + A + 2), rows (s, a, r, η); the last has the s after the trial, and zeros
-    a: Tensor  # (T, n, A), those of transitions, as the next one
-    r: Tensor  # (T, n)
+    a: Tensor  # (T, n, A), those of transitions once more
+    r: Tensor  # (T, n), likewise
     log_probs: Tensor  # (T, n), log π(a | s, memory) when a was drawn
     values: Tensor  # (T + 1, n); the last is V after the trial, 0 if the last episode ended in a death
     valid: Tensor  # (T, n), False after a death till its episode ends: there s, a, r and η are 0, the rest meaningless
@@ -307,7 +307,7 @@ def gather(mine: object) -> list:
 
 def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Generator, explore: bool) -> Trial:
     """Alg. 1 for n tasks (n, ·) at once, each in its own environment for E episodes; with mean actions unless explore.
-    Between "retrieve" and "sample" stands Agent.refine. A row of B gets its s before its a, r, η, PADs till then.
+    Between "retrieve" and "sample" stands Agent.refine. In row t of B a, r and η are still 0 when it runs: the PADs.
     Raises RunFailed at a NaN or an infinity."""
     S, A, T, (rank, processes) = agent.num_observations, agent.num_actions, E * agent.horizon, rank_and_processes()
     mine = np.array_split(np.arange(len(tasks)), processes)[rank]
@@ -344,7 +344,7 @@ def collect_trial(agent: Agent, envs: list, tasks: np.ndarray, E: int, rng: Gene
 
 # --- PPO over concatenated trials (Sec. 5.1) --------------------------------------------------------------------------
 def advantages_and_returns(trial: Trial, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation along the whole trial, across the ends of episodes; two (T, n), for valid steps.
+    """Generalised advantage estimation along the whole trial, across episodes' ends; two (T, n), for valid steps.
     "We concatenate these episodes to form a single trajectory and we maximize the discounted cumulative reward of this
     trajectory" (Sec. 5.1). The steps after a death pass without reward; if they were left out, the next episode would
     begin at once, and dying would cost nothing. For example, an episode of 8 steps dies at t = 5. Then V_7 = γ V_8 and

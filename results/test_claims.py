@@ -106,6 +106,16 @@ def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
         assert short.files[split]["returns"] == pytest.approx(returns, abs=0.051)
 
 
+def test_a_setting_is_of_runs_with_the_same_flags_that_are_wholly_kept(kept):
+    setting = "maml HalfCheetahVel"
+    runs = [fake_run(kept / f"maml-HalfCheetahVel-s{seed}", seed=seed, method="MAML") for seed in (1, 2, 3)]
+    (runs[2] / "args.json").unlink()  # which reproduce.py writes last
+    assert [run.args["seed"] for run in claims.find(setting)] == [1, 2]
+    fake_run(kept / "maml-HalfCheetahVel-s4", seed=4, method="MAML", layers=3)
+    with pytest.raises(ValueError, match=setting):
+        claims.find(setting)
+
+
 def test_costs_are_the_median_and_the_worst_seeds_until_a_return(kept):
     for seed, minutes, returns in ((1, 1, (-99, -50, -20)), (2, 2, (-59, -99, -29)), (3, 3, (-99, -70, -61))):
         run = fake_run(kept / f"maml-HalfCheetahVel-s{seed}", method="MAML", seed=seed)

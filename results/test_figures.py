@@ -83,6 +83,8 @@ class TestFigures:
         low, high = tests.confidence_interval(0.95)
         band = np.concatenate([path.vertices[:, 1] for path in axes.collections[0].get_paths()])
         assert band.min() == pytest.approx(min(low)) and band.max() == pytest.approx(max(high))
+        bottom, top = axes.get_ylim()  # hold the means, and cut off the band
+        assert min(low) < bottom < np.mean(returns, axis=0).min() and np.mean(returns, axis=0).max() < top < max(high)
         (axes,) = plot.FIGURES["meta_training"][1](plot.load_runs(folders[:2], [])).axes
         assert not any(len(path.vertices) for band in axes.collections for path in band.get_paths())
         reach = [fake_run(tmp_path / f"{s}", "ML1-Reach", s, success=True, shift=s) for s in (0, 30)]
@@ -127,6 +129,13 @@ class TestFigures:
         assert labels["rl2"] == ("RL²", plot.COLOURS["RL²"]) and labels["deep"][0] == "TrMRL, L = 12, T-Fixup"
         assert labels["base"] == labels["base2"] == ("TrMRL, L = 4, T-Fixup", plot.COLOURS["TrMRL"])  # the defaults
         assert labels["both"][0] == "TrMRL, L = 8, Xavier" and len(set(labels.values())) == 5
+        rivals = [
+            fake_run(tmp_path / name, method=method, layers=7) for name, method in (("t7", "TrMRL"), ("r7", "RL2"))
+        ]
+        both = plot.load_runs([*(run.folder for run in runs if run.env != "AntDir"), *rivals], [])
+        assert (
+            len({run.label for run in both}) == len({run.colour for run in both}) == 6
+        )  # no two methods share a shade
         base, _, deep = plot.ablations(runs)["layers"]
         assert (base.label, base.colour, deep.label) == ("L = 4", plot.COLOURS["TrMRL"], "L = 12")
         assert (
