@@ -1,9 +1,9 @@
 """The paper's claims, measured on results/runs: python results/claims.py draws figures and writes tables and verdicts.
 
 Each claim, a row of claims.csv, has one measure and one rule. An interval is 95 %, from three seeds on: by Student's t
-over seeds or over differences seed by seed, or by Welch's where two settings have other seeds. A verdict is one of:
+over seeds or, where two settings share three or more, over differences seed by seed, else by Welch's. A verdict is:
 holds, does not hold, at most small (a difference that is below the claim's effect), open (these seeds cannot tell), not
-run, and says nothing (it could not have come out otherwise).
+run, or says nothing (it could not have come out otherwise).
 """
 
 import re
@@ -186,13 +186,14 @@ def seeds_needed(effect: float, spread: float, groups: int, within: bool = False
 
 def compare(settings: list[list[Run]], measure: str) -> Interval:
     """Of one setting the mean, of two the first minus the second, of more how much the measure grows from one setting
-    to the next, by linear regression on the seeds that all have. Two with the same seeds are compared seed by seed."""
+    to the next, by linear regression on the seeds that all have. Three or more seeds that two share are compared one by
+    one, and the others left out."""
     table = pd.DataFrame([{run.args["seed"]: getattr(run, measure)() for run in runs} for runs in settings])
     if len(table) == 1:
         return Interval(table.loc[0], success=settings[0][0].by_success)
-    if len(table) == 2 and table.isna().any(axis=None):
-        return Interval(table.loc[0].dropna(), minus=table.loc[1].dropna())
     common = table.dropna(axis="columns")
+    if len(table) == 2 and len(common.columns) < 3:
+        return Interval(table.loc[0].dropna(), minus=table.loc[1].dropna())
     if len(table) == 2:
         return Interval(common.loc[0] - common.loc[1])
     return Interval(np.polyfit(table.index, common, deg=1)[0])

@@ -172,6 +172,8 @@ def test_settings_with_the_same_seeds_are_compared_seed_by_seed():
     paired, welch = claims.compare([one, other], "area"), claims.compare([one, setting((1, 2, 4), (9, 29, 47))], "area")
     assert (paired.low, paired.high) == scipy.stats.ttest_rel([10, 30, 50], [9, 29, 47]).confidence_interval()
     assert paired.mean == pytest.approx(welch.mean) and welch.high - welch.low > 10 * (paired.high - paired.low)
+    more = claims.compare([one, other + setting((4, 5), (0, 1000))], "area")
+    assert (more.mean, more.low, more.high) == (paired.mean, paired.low, paired.high)  # by the seeds that both have
     settings = [setting((1, 2, 3), k + 5 * np.arange(3)) for k in (1, 2, 3, 4)]
     settings[1] += setting((9,), (1000,))  # a seed that the others do not have
     grows = claims.compare(settings, "area")
