@@ -25,7 +25,6 @@ SCORED = {"PEARL": slice(2, None), "MAML": slice(5, None)}  # episodes after ada
 ENVS = ("HalfCheetahVel", "AntDir", "ML1-Reach", "ML1-Push", "ML45-Train")
 VERDICTS = ("holds", "does not hold", "at most small", "open", "not run", "says nothing")
 MAIN = ENVS[0]  # also the flags of its main runs
-CHEETAH, CHEETAH_4M = f"{MAIN} --heads 4", f"{MAIN} --total-timesteps 4000000 --heads 4"  # those of its ablations
 REACH = "ML1-Reach --total-timesteps 1500000"
 
 
@@ -297,10 +296,10 @@ def ablations_table() -> str:
     names = {path.name.rsplit("-s", 1)[0] for path in kept("*") if path.name.startswith(("trmrl", "ablations"))}
     names -= {f"trmrl-{env}" for env in ENVS if env != MAIN}
     rows = []
-    for name in sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name)):
+    for name in sorted(names, key=lambda name: plot.by_numbers(name.split("-", 1)[1])):
         runs = [Run(path) for path in kept(f"{name}-s[0-9]*")]
         success = runs[0].by_success
-        words = re.sub(r"-(?=\d)", " = ", re.sub(r"-(?=[a-z])", " ", name.removeprefix("trmrl-")))
+        words = re.sub(r"-(?=\d)", " = ", re.sub(r"-(?=[a-z])", " ", name.split("-", 1)[1]))
         row = {"setting": words, "seeds": len(runs)}
         row |= {"final": Interval([run.final() for run in runs], success=success)}
         row |= {"mean over training": Interval([run.area() for run in runs], success=success)}
@@ -362,11 +361,11 @@ def draw_ablation(runs: list[plot.Run], flag: str) -> plot.plt.Figure:
 def draw(film: bool = False) -> None:
     """Every figure from the kept runs, into results/figures."""
     names = "|".join(name_of(script, env, 0)[:-3] for script in METHODS for env in ENVS)
-    prefix = {flags: name_of("trmrl", flags, 0)[:-3] for flags in (CHEETAH, CHEETAH_4M, REACH)}
-    figures = {  # flag: the runs that its figure is drawn from
-        "t_fixup": rf"({prefix[CHEETAH_4M]}|{prefix[REACH]})(-no-t-fixup)?",
-        "memory_length": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-memory-length-\d+)?",
-        "layers": rf"({prefix[CHEETAH]}|{prefix[REACH]})(-layers-\d+)?",
+    starts = "|".join(name_of(script, flags, 0)[:-3] for script in ("trmrl", "ablations") for flags in (MAIN, REACH))
+    figures = {  # flag: the folders of its figure's runs
+        "t_fixup": rf"({starts})(-layers-12)?(-swap-layer-norm)?(-no-t-fixup)?(-plain.*)?",
+        "memory_length": r"trmrl-HalfCheetahVel-heads-4(-memory-length-\d+)?",
+        "layers": r"trmrl-HalfCheetahVel-heads-4(-layers-\d+)?",
         "heads": r"trmrl-HalfCheetahVel-heads-\d+",
     }
 
