@@ -339,7 +339,7 @@ def write_seeds() -> None:
 
 def draw_ablation(runs: list[plot.Run], flag: str) -> plot.plt.Figure:
     """Learning curves of a flag's values. T-Fixup has a panel for each depth, and LayerNorm is named beside it.
-    HalfCheetahVel's curves start near −300, but are told apart above −150 only; plain ones may not come so far."""
+    HalfCheetahVel's curves start near −300, but are told apart above −150 only, if all come so far."""
     for run in runs:
         run.label = plot.name_of(flag, run.args[flag]) + ", authors' token" * run.args.get("authors_token", False)
         if flag == "t_fixup":
@@ -353,8 +353,8 @@ def draw_ablation(runs: list[plot.Run], flag: str) -> plot.plt.Figure:
     colours[min(runs, key=plot.Run.changed).label] = plot.COLOURS["TrMRL"]  # the defaults, or what is closest
     figure = plot.draw_curves(curves.assign(colour=curves["setting"].map(colours)), "million environment steps")
     for axes in figure.axes:
-        if axes.get_title().startswith(MAIN) and "plain" not in axes.get_title():
-            axes.set_ylim(-150, 0)
+        if axes.get_title().startswith(MAIN):
+            axes.set_ylim(-150 if all(line.get_ydata()[-1] > -150 for line in axes.lines) else None, 0)
     return figure
 
 
@@ -365,7 +365,7 @@ def draw(film: bool = False) -> None:
     figures = {  # flag: the folders of its figure's runs
         "t_fixup": rf"({starts})(-layers-12)?(-swap-layer-norm)?(-no-t-fixup)?(-plain.*)?",
         "memory_length": r"trmrl-HalfCheetahVel-heads-4(-memory-length-\d+)?",
-        "layers": r"trmrl-HalfCheetahVel-heads-4(-layers-\d+)?",
+        "layers": rf"({starts})(-layers-\d+)?",
         "heads": r"trmrl-HalfCheetahVel-heads-\d+",
     }
 
