@@ -185,8 +185,8 @@ def seeds_needed(effect: float, spread: float, groups: int, within: bool = False
 
 def compare(settings: list[list[Run]], measure: str) -> Interval:
     """Of one setting the mean, of two the first minus the second, of more how much the measure grows from one setting
-    to the next, by linear regression on the seeds that all have. If two settings share
-    three or more seeds, these are compared one by one, and the others are left out."""
+    to the next, by linear regression on the seeds that all have. If two settings share three or more seeds, these are
+    compared one by one, and the others are left out."""
     table = pd.DataFrame([{run.args["seed"]: getattr(run, measure)() for run in runs} for runs in settings])
     if len(table) == 1:
         return Interval(table.loc[0], success=settings[0][0].by_success)
