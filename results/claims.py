@@ -299,8 +299,8 @@ def ablations_table() -> str:
     for name in sorted(names, key=lambda name: plot.by_numbers(name.split("-", 1)[1])):
         runs = [Run(path) for path in kept(f"{name}-s[0-9]*")]
         success = runs[0].by_success
-        words = re.sub(r"-(?=\d)", " = ", re.sub(r"-(?=[a-z])", " ", name.split("-", 1)[1]))
-        row = {"setting": words, "seeds": len(runs)}
+        words = re.sub(r"-(?=[a-z])", " ", re.sub("(?<=plain).*", "", name.split("-", 1)[1]))  # plain has one setting
+        row = {"setting": re.sub(r"-(?=\d)", " = ", words), "seeds": len(runs)}
         row |= {"final": Interval([run.final() for run in runs], success=success)}
         row |= {"mean over training": Interval([run.area() for run in runs], success=success)}
         row |= {"largest fall": f"{max(run.fall() for run in runs):.{2 if success else 0}f}", "minutes": minutes(runs)}
@@ -345,7 +345,7 @@ def draw_ablation(runs: list[plot.Run], flag: str) -> plot.plt.Figure:
         if flag == "t_fixup":
             norm = run.args[flag] == run.args.get("swap_layer_norm", False)  # trmrl.py has it with Xavier alone
             run.label += " + LayerNorm" * norm
-            run.env += f", L = {run.args['layers']}" + ", plain" * run.args.get("plain", False)
+            run.env += f"\nL = {run.args['layers']}" + ", plain" * run.args.get("plain", False)
     runs.sort(key=lambda run: (not run.env.startswith(MAIN), plot.by_numbers(run.env), plot.by_numbers(run.label)))
     curves = plot.learning_curves(runs)
     labels = curves["setting"].unique()

@@ -86,8 +86,8 @@ def test_figures_of_ablations_tell_apart_what_ablations_py_changes(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == four
     assert figure.legends[0].get_lines()[0].get_color() == claims.plot.COLOURS["TrMRL"]
     seeds = {"L = 4": (2, 1, 1, 1), "L = 4, plain": (0, 1, 1, 0), "L = 12": (1, 0, 0, 0)}
-    titles = [f"HalfCheetahVel, {name} (seeds: {', '.join(map(str, some))})" for name, some in seeds.items()]
-    assert [axes.get_title() for axes in figure.axes] == [*titles, "AntDir, L = 4 (seeds: 1, 0, 0, 0)"]
+    titles = [f"HalfCheetahVel\n{name} (seeds: {', '.join(map(str, some))})" for name, some in seeds.items()]
+    assert [axes.get_title() for axes in figure.axes] == [*titles, "AntDir\nL = 4 (seeds: 1, 0, 0, 0)"]
     assert [axes.get_ylim()[0] == -150 for axes in figure.axes] == [True, False, True, False]
     assert [axes.get_ylim()[1] == 0 for axes in figure.axes] == [True, True, True, False]
     runs = [fake_run(tmp_path / f"N{n}", memory_length=n) for n in (1, 5)]
