@@ -221,7 +221,7 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         limits = (0, 1) if quantity == SUCCESS else axes.get_ylim()  # a band may leave the panel, a mean never
         sns.lineplot(part, x="x", y="y", errorbar=interval, linewidth=0, **style)
         seeds = ", ".join(str(part["seed"][part["setting"] == setting].nunique()) for setting in colours)
-        axes.set_title(f"{env} (seeds: {seeds})")
+        axes.set_title(f"{env} (seeds: {seeds})" if above or len(colours) < 7 else f"{env}\n(seeds: {seeds})")
         ends = part.groupby("setting")["x"].max()
         axes.set(xlabel=xlabel, ylabel=quantity, ylim=limits)
         axes.xaxis.set_major_locator(plt.MaxNLocator(6 if few else 5, integer=few))

@@ -364,7 +364,7 @@ def draw(film: bool = False) -> None:
     starts = "|".join(name_of(script, flags, 0)[:-3] for script in ("trmrl", "ablations") for flags in (MAIN, REACH))
     figures = {  # flag: the folders of its figure's runs
         "t_fixup": rf"({starts})(-layers-12)?(-swap-layer-norm)?(-no-t-fixup)?(-plain.*)?",
-        "memory_length": r"trmrl-HalfCheetahVel-heads-4(-memory-length-\d+)?",
+        "memory_length": rf"({starts})(-memory-length-\d+)?(-authors-token)?",
         "layers": rf"({starts})(-layers-\d+)?",
         "heads": r"trmrl-HalfCheetahVel-heads-\d+",
     }

@@ -90,10 +90,16 @@ def test_figures_of_ablations_tell_apart_what_ablations_py_changes(tmp_path):
     assert [axes.get_title() for axes in figure.axes] == [*titles, "AntDir\nL = 4 (seeds: 1, 0, 0, 0)"]
     assert [axes.get_ylim()[0] == -150 for axes in figure.axes] == [True, False, True, False]
     assert [axes.get_ylim()[1] == 0 for axes in figure.axes] == [True, True, True, False]
-    runs = [fake_run(tmp_path / f"N{n}", memory_length=n) for n in (1, 5)]
+
+
+def test_figure_of_memory_lengths_names_the_token_and_has_its_title_beside_the_legend(tmp_path):
+    runs = [fake_run(tmp_path / f"N{n}", memory_length=n) for n in (1, 2, 5, 10, 25, 50)]
     runs += [fake_run(tmp_path / "token", memory_length=1, method="Ablation", authors_token=True)]
     figure = claims.draw_ablation(claims.plot.load_runs(runs, []), "memory_length")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["N = 1", "N = 1, authors' token", "N = 5"]
+    names = ["N = 1", "N = 1, authors' token", "N = 2", "N = 5", "N = 10", "N = 25", "N = 50"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    figure.draw_without_rendering()  # lays it out
+    assert not figure.axes[0].title.get_window_extent().overlaps(figure.legends[0].get_window_extent())
 
 
 def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
