@@ -366,7 +366,7 @@ def draw(film: bool = False) -> None:
         "t_fixup": rf"({starts})(-layers-12)?(-swap-layer-norm)?(-no-t-fixup)?(-plain.*)?",
         "memory_length": rf"({starts})(-memory-length-\d+)?(-authors-token)?",
         "layers": rf"({starts})(-layers-\d+)?",
-        "heads": r"trmrl-HalfCheetahVel-heads-\d+",
+        "heads": rf"({starts})(-heads-\d+)?",
     }
 
     def matching(pattern: str) -> list[plot.Run]:
