@@ -221,9 +221,9 @@ def draw_curves(table: pd.DataFrame, xlabel: str, columns: int = 3, empty: int =
         limits = (0, 1) if quantity == SUCCESS else axes.get_ylim()  # a band may leave the panel, a mean never
         sns.lineplot(part, x="x", y="y", errorbar=interval, linewidth=0, **style)
         seeds = ", ".join(str(part["seed"][part["setting"] == setting].nunique()) for setting in colours)
-        axes.set_title(f"{env} (seeds: {seeds})" if above or len(colours) < 7 else f"{env}\n(seeds: {seeds})")
+        gap = " " if above or len(colours) < 7 else "\n"  # a long title would run into the legend beside it
         ends = part.groupby("setting")["x"].max()
-        axes.set(xlabel=xlabel, ylabel=quantity, ylim=limits)
+        axes.set(title=f"{env}{gap}(seeds: {seeds})", xlabel=xlabel, ylabel=quantity, ylim=limits)
         axes.xaxis.set_major_locator(plt.MaxNLocator(6 if few else 5, integer=few))
         if not few and ends.max() > 3 * ends.min():  # some methods train for far longer than others
             axes.set(xscale="log", xlabel=f"{xlabel}, log scale", xlim=(ends.max() / 200, ends.max()))
