@@ -68,9 +68,9 @@ class Run:
         """Under the learning curve: the mean test return, or success, over all of training."""
         return np.trapezoid(self.tests, self.steps) / (self.steps[-1] - self.steps[0])
 
-    def fall(self) -> float:
-        """The largest by which an evaluation lies below the best before it."""
-        return (np.maximum.accumulate(self.tests) - self.tests).max()
+    def final_ood(self) -> float:
+        """The same out of distribution; there is none on MetaWorld."""
+        return self.files["progress"]["ood_return"].dropna()[-3:].mean()
 
     def first_reached(self, level: float) -> tuple[float, float]:
         """Million steps and minutes at the first evaluation that is at least at level, else infinite."""
@@ -300,11 +300,12 @@ def ablations_table() -> str:
         runs = [Run(path) for path in kept(f"{name}-s[0-9]*")]
         success = runs[0].by_success
         words = re.sub(r"-(?=[a-z])", " ", re.sub("(?<=plain).*", "", name.split("-", 1)[1]))  # plain has one setting
-        row = {"setting": re.sub(r"-(?=\d)", " = ", words), "seeds": len(runs)}
-        row |= {"final": Interval([run.final() for run in runs], success=success)}
-        row |= {"mean over training": Interval([run.area() for run in runs], success=success)}
-        row |= {"largest fall": f"{max(run.fall() for run in runs):.{2 if success else 0}f}", "minutes": minutes(runs)}
-        rows.append(row)
+        row = {"setting": re.sub(r"-(?=\d)", " = ", words)}
+        for what, measure in {"mean over training": Run.area, "final": Run.final, "final, OOD": Run.final_ood}.items():
+            values = [measure(run) for run in runs]
+            seeds = ", ".join(f"{value:.{2 if success else 0}f}" for value in values)
+            row[what] = "" if np.isnan(values[0]) else f"{Interval(values, success=success)}<br>{seeds}"
+        rows.append(row | {"minutes": minutes(runs)})
     return markdown(rows)
 
 
@@ -325,15 +326,15 @@ def costs_table() -> str:
 
 def write_seeds() -> None:
     """A row a run: what was measured, and where it comes from."""
-    measures = {"start": lambda run: run.tests[0], "scored_episode": Run.first, "ood": Run.ood, "final": Run.final}
-    measures |= {"episode_6": lambda run: run.episodes()[-1], "mean_over_training": Run.area, "largest_fall": Run.fall}
+    measures = {"start": lambda run: run.tests[0], "final": Run.final, "final_ood": Run.final_ood}
+    measures |= {"mean_over_training": Run.area, "scored_episode": Run.first, "ood": Run.ood}
+    measures |= {"episode_6": lambda run: run.episodes()[-1]}
     rows = []
     for run in map(Run, kept("*")):
         row = {"run": run.name, "method": run.args["method"], "env": run.args["env"], "seed": run.args["seed"]}
         row |= {name: round(float(measure(run)), 2) for name, measure in measures.items()}
         row |= {"million_steps": round(run.steps[-1], 2), "minutes": round(run.minutes[-1], 1)}
-        versions = run.args["versions"]
-        rows.append(row | {"commit": versions["commit"], "runs_beside": versions["beside"]})
+        rows.append(row | {"commit": run.args["versions"]["commit"], "runs_beside": run.args["versions"]["beside"]})
     pd.DataFrame(rows).to_csv(KEPT.parent / "seeds.csv", index=False)
 
 

@@ -1,6 +1,5 @@
 """claims.py on two tiny runs: tables, verdicts and figures, checked against sums written out here."""
 
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,23 +213,3 @@ def test_probe_of_a_tiny_run(tmp_path, monkeypatch):
     assert probe.share_broken(torch.tensor([[0.4, 0.2, 0.4]]), values[None]) == 0  # the consensus is the second value
     loud = torch.tensor([[1.0, 0.0], [0.0, 9.0], [0.0, 9.0]])  # the consensus follows two values of little weight
     assert probe.share_broken(torch.tensor([[0.6, 0.3, 0.1]]), loud[None]) == 1
-
-
-@pytest.mark.parametrize("page, heading", [("README.md", "What was found"), ("results/README.md", "Findings")])
-def test_each_number_in_prose_is_measured_or_a_constant(page, heading):
-    """numbers.csv has, for the text before a number, what the number is: measured on the kept runs, or a constant."""
-    table = pd.read_csv(claims.KEPT.parent / "numbers.csv", keep_default_na=False)
-    prose = (claims.ROOT / page).read_text().split(f"\n## {heading}\n")[1].split("\n<!--")[0].split("\n## ")[0]
-    prose = " ".join(re.sub(r"^\d+\.", "", prose, flags=re.M).split())  # the numbers of a list are none
-    for number in re.finditer(r"(Figs?\. |N = |\bC|ML)?(−?\d+(\.\d+)?)", prose):
-        if number[1]:  # a name
-            continue
-        rows = [row for row in table[table["page"] == page].itertuples() if prose[: number.start()].endswith(row[2])]
-        assert rows, f"{page}: numbers.csv does not say what {prose[number.start() - 40 : number.end()]} is"
-        digits = len((number[3] or ".")[1:])
-        for row in rows:
-            expected = row[3]
-            if row.measure:
-                interval = claims.compare([claims.find(row.settings)], row.measure)
-                expected = f"{getattr(interval, expected):.{digits}f}".replace("-", "−")
-            assert number[0] == expected, f"{page}: {prose[number.start() - 40 : number.end()]}, but it is {expected}"
