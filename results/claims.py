@@ -1,9 +1,7 @@
 """The paper's claims, measured on results/runs: python results/claims.py draws figures and writes tables and verdicts.
 
-Each claim, a row of claims.csv, has one measure and one rule. An interval is 95 %, from three seeds on: by Student's t
-over seeds or, where two settings share three or more, over differences seed by seed, else by Welch's. A verdict is:
-holds, does not hold, at most small (a difference that is below the claim's effect), open (these seeds cannot tell), not
-run, or says nothing (it could not have come out otherwise).
+Each claim, a row of claims.csv, has one measure and one rule. A claim that neither holds nor fails is at most small (a
+difference below the claim's effect), open (these seeds cannot tell), not run, or says nothing (it had to come out so).
 """
 
 import re
@@ -206,12 +204,14 @@ def judge(claim: pd.Series) -> tuple[str, str]:
     says_nothing = claim["holds if"].startswith("says nothing")
     values = [getattr(run, claim["measure"])() for run in settings[0]]
     if isinstance(values[0], bool):  # whether it is so in each seed
-        return f"{sum(values)} of {len(values)} seeds", "says nothing"
-    if isinstance(values[0], np.ndarray):  # Theorem 4.1: how often each layer breaks it
-        result = ", ".join(f"{share:.2%}" for share in np.mean(values, axis=0))
-        return result, "says nothing" if says_nothing else "does not hold" if np.any(values) else "holds"
-    number = compare(settings, claim["measure"])
-    return str(number), "says nothing" if says_nothing else verdict(number, claim["holds if"], float(claim["effect"]))
+        result, found = f"{sum(values)} of {len(values)} seeds", "holds" if all(values) else "does not hold"
+    elif isinstance(values[0], np.ndarray):  # Theorem 4.1: how often each layer breaks it
+        shares = np.mean(values, axis=0)
+        result, found = ", ".join(f"{share:.2%}" for share in shares), "does not hold" if shares.any() else "holds"
+    else:
+        result = compare(settings, claim["measure"])
+        found = says_nothing or verdict(result, claim["holds if"], float(claim["effect"]))
+    return str(result), "says nothing" if says_nothing else found
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------

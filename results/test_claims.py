@@ -73,6 +73,17 @@ def test_tables_and_figures_of_two_tiny_runs(kept):
     assert verdicts["TrMRL ends above RL² on HalfCheetahVel"] == "not run"
 
 
+def test_what_must_be_so_in_all_seeds(kept):
+    table = pd.read_csv(kept.parent / "claims.csv", keep_default_na=False).set_index("measure", drop=False)
+    fake_run(kept / "trmrl-HalfCheetahVel-s2", seed=2)
+    falls, stays = [4, 3, 2, 1, 0], [4, 3, 3, 1, 0]
+    for second, result, verdict in ((falls, "2 of 2 seeds", "holds"), (stays, "1 of 2 seeds", "does not hold")):
+        for seed, errors in ((1, falls), (2, second)):
+            np.savez(kept / f"trmrl-HalfCheetahVel-s{seed}" / "refinement.npz", **dict.fromkeys(ERRORS, errors))
+        assert claims.judge(table.loc["regression_mse_falls"]) == (result, verdict)
+        assert claims.judge(table.loc["representation_error_falls"]) == (result, "says nothing")
+
+
 def test_figures_of_ablations_tell_apart_what_ablations_py_changes(tmp_path):
     flags = [{}, dict(seed=2), dict(t_fixup=False), dict(layers=12)]
     flags += [dict(method="Ablation", swap_layer_norm=True, t_fixup=x, plain=y) for x in (True, False) for y in (0, 1)]
