@@ -22,7 +22,7 @@ from test_trmrl import trmrl
 PAGES = ("README.md", "results/README.md", "results/claims.md")
 NUMBERS = pd.read_csv(claims.KEPT.parent / "numbers.csv", keep_default_na=False)
 # The number of a name, such as C7 or seeds 28 to 30, is none to check, nor is a run's setting, such as 12 layers.
-NAME = r"Figs?\. (?:\d+ to )?|App\. E\.|Theorem |\bC|ML|[Ll]ayer |[NLE] = |Python |[Ss]eeds? (?:\d+ to )?"
+NAME = r"Figs?\. (?:\d+ to )?|App\. E\.|Theorem |\bC|ML|[Ll]ayer |[NLE] = |Python |(?:[Ss]eeds?|findings) (?:\d+ to )?"
 SETTING = r" layers| test tasks| tasks| M"
 NUMBER = re.compile(rf"({NAME})?(−?\d+(?:,\d{{3}})*(\.\d+)?)({SETTING})?")
 
@@ -52,6 +52,9 @@ class Measured(claims.Run):
     def late_reward(self) -> float:
         return self.files["meta_test"]["rewards"][0, 0, 100:].mean()
 
+    def sixth(self) -> float:
+        return self.episodes()[5]
+
     def worst_episode(self) -> float:
         return self.files["meta_test"]["returns"].min()
 
@@ -62,6 +65,10 @@ class Measured(claims.Run):
     def all_ood(self) -> float:
         """All six episodes, those that explore, too."""
         return self.episodes("ood").mean()
+
+    def ood_failures(self) -> float:
+        """The percentage of OOD episodes that return less than −300."""
+        return 100 * (self.files["ood"]["returns"] < -300).mean()
 
     def ood_between(self, low: float, high: float) -> float:
         """The OOD return of targets from low to high."""
@@ -108,6 +115,9 @@ class Measured(claims.Run):
 
     def untrained_third_layer_weighs(self) -> float:
         return self.files["probe"]["untrained_weighing"][2]
+
+    def third_layer_gains(self) -> float:
+        return self.third_layer_weighs() - self.untrained_third_layer_weighs()
 
     def broken_of_a_thousand(self) -> float:
         """Attentions of the worst layer that break Theorem 4.1."""
