@@ -1,5 +1,6 @@
 """claims.py on two tiny runs: tables, verdicts and figures, checked against sums written out here."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,31 @@ def test_what_is_kept_measures_as_the_whole_run(kept, tmp_path):
     for split in ("meta_test", "ood"):
         returns = whole.files[split]["rewards"].sum(2)  # of each task and episode
         assert short.files[split]["returns"] == pytest.approx(returns, abs=0.051)
+
+
+def test_only_the_median_seed_keeps_what_figures_of_one_run_need(tmp_path, monkeypatch):
+    keeps, runs = tmp_path / "results" / "runs", tmp_path / "runs"
+    monkeypatch.setattr(reproduce, "KEPT", keeps)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "probe", lambda run: {})
+    checkpoint = tmp_path / "results" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    for seed, reward in ((1, -2), (2, -1), (3, -3)):
+        run = fake_run(runs / f"{reproduce.SHOWN}{seed}" / "run", seed=seed, versions={})
+        tests = {"rewards": np.full((5, 6, 4), reward), "observations": np.zeros((5, 4, 17))}
+        np.savez(run / "meta_test.npz", tasks=np.zeros((5, 1)), **tests)
+        (run / "checkpoint.pt").write_text(f"{seed}")
+        (run.parent / "commit.txt").write_text("1234567")
+        reproduce.keep(run, keeps / run.parent.name, ["meta_test", "ood"])
+    for _ in range(2):  # a second call changes nothing
+        reproduce.show_median()
+        for seed in (1, 2, 3):
+            folder = keeps / f"{reproduce.SHOWN}{seed}"
+            files = {path.stem for path in folder.glob("*.npz")}
+            assert (files >= {"working_memories", "attention"}) == (seed == 1)
+            assert ("observations" in np.load(folder / "meta_test.npz")) == (seed == 1)
+        assert (checkpoint / "checkpoint.pt").read_text() == "1"
+        assert json.loads((checkpoint / "args.json").read_text())["seed"] == 1
 
 
 def test_a_setting_is_of_runs_with_the_same_flags_that_are_wholly_kept(kept):
